@@ -1,0 +1,26 @@
+"""MSViT for MMSegmentation. Importing it registers the backbone, gates, gate losses and hooks in mmseg's registries."""
+
+from .backbone import MSViT
+from .gate_losses import (
+    BatchShapingLoss,
+    GeneralizedBatchShapingLoss,
+    PurityLoss,
+    TokenBudgetLoss,
+)
+from .gates import FixedGate, MLPGate, RandomGate, VarianceGate
+from .hooks import GateLossHook
+
+__version__ = '0.1.0'
+
+__all__ = [
+    'BatchShapingLoss',
+    'FixedGate',
+    'GateLossHook',
+    'GeneralizedBatchShapingLoss',
+    'MLPGate',
+    'MSViT',
+    'PurityLoss',
+    'RandomGate',
+    'TokenBudgetLoss',
+    'VarianceGate',
+]

@@ -1,0 +1,146 @@
+"""Attention among the tokens of each image of a pack, plain or with weighted keys.
+
+``attend`` is the one entry that the backbone calls; ``attend_reference`` says what it means. Keys with weights follow
+
+    A_ij = w_j exp(q_i k_j / sqrt(d)) / sum_p w_p exp(q_i k_p / sqrt(d)),
+
+so that a token of weight 0 is seen by nobody and yet its weight has a gradient (an additive mask of -inf has none).
+"""
+
+from typing import List, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Largest exponent of an inactive token against the largest active one: beyond exp(60) only the size, never the sign,
+# of that token's weight gradient is cut off; float32 ends at exp(88).
+MAX_EXPONENT = 60.0
+# Elements of a (images, heads, n, n) matrix that the backward pass of the weighted attention holds at a time.
+CHUNK_ELEMENTS = 2**24
+
+
+def attend(qkv: Tensor, lengths: List[int], weight: Optional[Tensor] = None, dropout: float = 0.0) -> Tensor:
+    """Multi-head self-attention inside each image of a pack, fused.
+
+    Args:
+        qkv: (N, 3, heads, d) queries, keys and values.
+        lengths: tokens of each image, with sum N.
+        weight: (N,) weights of the keys, at least 0; None stands for ones. Their gradient is computed without keeping
+            any (n, n) matrix from the forward pass.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        (N, heads, d).
+    """
+    if weight is not None and dropout > 0:
+        return attend_reference(qkv, lengths, weight, dropout)
+    outputs = []
+    for group in _runs_of_equal_lengths(qkv, lengths, weight):
+        (images, n), qkv_group, weight_group = group
+        q, k, v = qkv_group.unflatten(0, (images, n)).permute(2, 0, 3, 1, 4)  # 3 x (images, heads, n, d)
+        if weight is None:
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        else:
+            out = WeightedAttention.apply(q, k, v, weight_group.unflatten(0, (images, n)))
+        outputs.append(out.transpose(1, 2).flatten(0, 1))  # (images * n, heads, d)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def attend_reference(qkv: Tensor, lengths: List[int], weight: Optional[Tensor] = None, dropout: float = 0.0) -> Tensor:
+    """The definition of :func:`attend`, image by image, by plain tensor operations."""
+    weights = [None] * len(lengths) if weight is None else weight.split(lengths)
+    outputs = []
+    for image, w in zip(qkv.split(lengths), weights):
+        q, k, v = image.permute(1, 2, 0, 3)  # 3 x (heads, n, d)
+        score = (q @ k.transpose(-2, -1)).to(_accumulate(q)) * q.shape[-1] ** -0.5  # (heads, n, n)
+        if w is None:
+            attention = score.softmax(-1)
+        else:
+            w = w.to(score.dtype)
+            attention = w * _exponentials(score, w)
+            attention = attention / attention.sum(-1, keepdim=True)
+        attention = F.dropout(attention, dropout).to(v.dtype)
+        outputs.append((attention @ v).transpose(0, 1))  # (n, heads, d)
+    return torch.cat(outputs)  # (N, heads, d)
+
+
+class WeightedAttention(torch.autograd.Function):
+    """Weighted attention of equally long images: fused forward, and a backward that recomputes the (n, n) matrices.
+
+    With E_ij = exp(s_ij) / Z_i * (g_i v_j - g_i o_i), where g is the gradient of the output o and
+    Z_i = sum_p w_p exp(s_ip), the gradient of w_j is the sum of E_ij over i, that of s_ij is w_j E_ij, and that of v_j
+    is w_j sum_i exp(s_ij) / Z_i g_i. Images are handled in chunks, so that the peak is a few matrices of one chunk.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, weight):  # (B, heads, n, d) x 3, (B, n)
+        bias = weight.log().to(q.dtype)[:, None, None]  # (B, 1, 1, n), -inf where inactive
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        ctx.save_for_backward(q, k, v, weight, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, weight, out = ctx.saved_tensors
+        grads = [torch.empty_like(t) for t in (q, k, v, weight)]
+        size = max(1, CHUNK_ELEMENTS // (q.shape[1] * q.shape[2] ** 2))
+        for parts in zip(*(t.split(size) for t in (q, k, v, weight, out, grad, *grads))):
+            _weighted_attention_backward(*parts)
+        return tuple(grads)
+
+
+def _weighted_attention_backward(q, k, v, weight, out, grad, grad_q, grad_k, grad_v, grad_weight):
+    """Fills the last four with the gradients of one chunk of images."""
+    scale = q.shape[-1] ** -0.5
+    w = weight[:, None, None].to(_accumulate(q))  # (b, 1, 1, n)
+    score = (q @ k.transpose(-2, -1)).to(w.dtype).mul_(scale)  # (b, heads, n, n)
+    p = _exponentials(score, w)
+    p /= p @ w.transpose(-2, -1)  # exp(s_ij) / Z_i
+    column = w.transpose(-2, -1).to(q.dtype)  # (b, 1, n, 1)
+    grad_v.copy_((p.to(q.dtype).transpose(-2, -1) @ grad) * column)
+    e = (grad @ v.transpose(-2, -1)).to(w.dtype)
+    e -= (grad * out).sum(-1, keepdim=True, dtype=w.dtype)
+    e *= p
+    grad_weight.copy_(e.sum((1, 2)))
+    e = e.mul_(scale).to(q.dtype)
+    grad_q.copy_(e @ (k * column))
+    grad_k.copy_((e.transpose(-2, -1) @ q) * column)
+
+
+def _exponentials(score: Tensor, weight: Tensor) -> Tensor:
+    """exp(score - the row's largest active score), bounded where an inactive token's score is far above it."""
+    largest = score.detach().masked_fill(weight == 0, -torch.inf).amax(-1, keepdim=True)
+    return (score - largest).clamp(max=MAX_EXPONENT).exp()
+
+
+def _accumulate(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _runs_of_equal_lengths(qkv: Tensor, lengths: List[int], weight: Optional[Tensor]):
+    """Yields ((images, n), their rows of qkv, their rows of weight) for each run of neighbours of one length."""
+    runs = []
+    for n in lengths:
+        if runs and runs[-1][1] == n:
+            runs[-1][0] += 1
+        else:
+            runs.append([1, n])
+    rows = [images * n for images, n in runs]  # split, not slices: its backward is one concatenation
+    weights = [None] * len(runs) if weight is None else weight.split(rows)
+    return zip(runs, qkv.split(rows), weights)
+
+
+def drop_path(branch: Tensor, image: Tensor, images: int, probability: float) -> Tensor:
+    """Stochastic depth with one coin for each image of a pack.
+
+    Args:
+        branch: (N, C) output of a residual branch.
+        image: (N,) the image that each row belongs to.
+        images: number of images.
+        probability: of dropping an image's branch; the others are scaled by 1 / (1 - probability).
+    """
+    coin = branch.new_empty(images, 1).bernoulli_(1 - probability) / (1 - probability)
+    return branch * coin[image]

@@ -1,0 +1,327 @@
+"""Losses that train the gate. Each is a module that the backbone owns, since some have parameters.
+
+They see the noise-free logits: fed the noisy decision values, batch shaping is satisfied by the noise itself.
+Pure functions come first; the registered modules wrap them.
+"""
+
+import math
+from typing import Callable, Sequence, Tuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_fn
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+from .embedding import patchify
+
+# Probabilities are clipped to [CLIP, 1 - CLIP] before a CDF sees them: at 0 and 1 its slope is infinite.
+CLIP = 1e-3
+IGNORE_INDEX = 255
+
+
+def relaxed_bernoulli_cdf(x: Tensor, mean: Tensor, temperature: Tensor) -> Tensor:
+    """CDF of the relaxed Bernoulli (binary concrete) distribution, Maddison et al. 2017.
+
+    F(x) = sigmoid(temperature * logit(x) - logit(mean)), x clipped to [1e-3, 1 - 1e-3]. All arguments broadcast.
+
+    Args:
+        x: values in [0, 1].
+        mean: in (0, 1); F(1/2) = 1 - mean.
+        temperature: positive; towards 0 the mass moves to the ends.
+    """
+    return torch.sigmoid(temperature * x.clamp(CLIP, 1 - CLIP).logit() - mean.logit())
+
+
+def normal_cdf(x: Tensor, mean: float, std: float) -> Tensor:
+    """CDF of the normal distribution."""
+    return 0.5 * (1 + torch.erf((x - mean) / (std * math.sqrt(2))))
+
+
+def beta_cdf(x: Tensor, a: float, b: float) -> Tensor:
+    """CDF of the Beta distribution, with its density as the gradient; x clipped to [1e-3, 1 - 1e-3]."""
+    return _BetaCDF.apply(x.clamp(CLIP, 1 - CLIP), a, b)
+
+
+class _BetaCDF(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, a, b):
+        ctx.save_for_backward(x)
+        ctx.shape = a, b
+        # The continued fraction converges fast below the mean; above it, I_x(a, b) = 1 - I_{1-x}(b, a).
+        below = x.double() < (a + 1) / (a + b + 2)
+        y = torch.where(below, x.double(), 1 - x.double())
+        p = torch.where(below, torch.full_like(y, a), torch.full_like(y, b))
+        tail = _incomplete_beta(y, p, a + b - p)
+        return torch.where(below, tail, 1 - tail).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        a, b = ctx.shape
+        log_density = (a - 1) * x.log() + (b - 1) * torch.log1p(-x) - _log_beta(a, b)
+        return grad * log_density.exp(), None, None
+
+
+def _log_beta(a: float, b: float) -> float:
+    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+
+
+def _incomplete_beta(x: Tensor, a: Tensor, b: Tensor, steps: int = 64) -> Tensor:
+    """Regularised incomplete beta function by its continued fraction (DLMF 8.17.22), evaluated from the tail."""
+    fraction = torch.ones_like(x)
+    for k in range(steps, 0, -1):
+        m = k // 2
+        if k % 2:
+            d = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        else:
+            d = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        fraction = 1 + d / fraction
+    log_beta = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
+    return (a * x.log() + b * torch.log1p(-x) - log_beta).exp() / (a * fraction)
+
+
+def batch_shaping_loss(values: Tensor, cdf: Callable[[Tensor], Tensor]) -> Tensor:
+    """Distance of a batch's values from a prior (Bejnordi, Blankevoort and Welling 2020).
+
+    The mean over i and k of (i / (N + 1) - F(x_(i)k))^2, where x_(1)k <= ... <= x_(N)k are the values at position k.
+
+    Args:
+        values: (N, T), N samples at each of T positions; sorted here.
+        cdf: takes the sorted values (N, T) to F of them, (N, T).
+
+    Returns:
+        Scalar.
+    """
+    n = len(values)
+    empirical = torch.arange(1, n + 1, device=values.device, dtype=values.dtype) / (n + 1)
+    return (empirical[:, None] - cdf(values.sort(dim=0).values)).square().mean()
+
+
+def gather_batch(values: Tensor) -> Tensor:
+    """Concatenates (n, ...) over all ranks to (ranks * n, ...), with gradient. Every rank must have the same shape."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return values
+    return torch.cat(dist_fn.all_gather(values.contiguous()))
+
+
+class GateLoss(BaseModule):
+    """Base of the gate losses. The backbone gives the first two arguments, a config the others.
+
+    Args:
+        grid: (gh, gw), the region grid of the backbone's ``img_size``.
+        region: pixels along a region's side.
+        loss_weight: factor of this loss in the total.
+        loss_name: its key in the log is ``gate.`` and this name, which must contain "loss" to be counted.
+    """
+
+    def __init__(self, grid: Tuple[int, int], region: int, loss_weight: float, loss_name: str):
+        super().__init__()
+        if not loss_name.startswith('loss_'):
+            raise ValueError(f"loss_name must start with 'loss_', else it is logged and not trained, got {loss_name!r}")
+        self.grid = tuple(grid)
+        self.region = region
+        self.loss_weight = loss_weight
+        self.loss_name = loss_name
+
+    def forward(self, logits: Tensor, data_samples: Sequence) -> Tensor:
+        """Noise-free logits (B, hc, wc) of coarse, and the segmentor's data samples, to a weighted scalar."""
+        raise NotImplementedError
+
+
+@MODELS.register_module()
+class GeneralizedBatchShapingLoss(GateLoss):
+    """The loss of MSViT: for each position of the region grid a relaxed-Bernoulli prior with a learned mean.
+
+    The means themselves follow a Gaussian hyperprior, so that the gate may learn that skies are at the top. The
+    priors live on the base grid and are interpolated to that of the images. The batches of segmentation are small:
+    the empirical CDF is taken over all ranks and a memory of earlier values. The memory is not part of a checkpoint;
+    it starts anew when training resumes and when the images' region grid changes.
+
+    Args:
+        target_coarse: mean of the hyperprior: the wanted share of coarse regions.
+        spread: standard deviation of the hyperprior.
+        temperature: first temperature of the priors.
+        temperature_weight: factor of the penalty mean(tau^2), which keeps the priors bimodal; chosen here.
+        hyperprior_weight: factor of the hyperprior's loss; chosen here.
+        memory_size: how many earlier maps (hc, wc) are kept, detached; chosen here.
+    """
+
+    def __init__(
+        self,
+        grid: Tuple[int, int] = (16, 16),
+        region: int = 32,
+        target_coarse: float = 0.5,
+        spread: float = 0.1,
+        temperature: float = 0.3,
+        temperature_weight: float = 0.01,
+        hyperprior_weight: float = 1.0,
+        memory_size: int = 64,
+        loss_weight: float = 1.0,
+        loss_name: str = 'loss_gbas',
+    ):
+        super().__init__(grid, region, loss_weight, loss_name)
+        if not 0 < target_coarse < 1:
+            raise ValueError(f'target_coarse must be in (0, 1), got {target_coarse}')
+        if not (spread > 0 and temperature > 0 and memory_size >= 0):
+            raise ValueError(
+                'spread and temperature must be positive and memory_size not negative, '
+                f'got {spread}, {temperature} and {memory_size}'
+            )
+        self.target_coarse = target_coarse
+        self.spread = spread
+        self.temperature_weight = temperature_weight
+        self.hyperprior_weight = hyperprior_weight
+        self.memory_size = memory_size
+        positions = self.grid[0] * self.grid[1]
+        # The means start where the hyperprior wants them, at its quantiles, dealt to the positions at random.
+        order = torch.randperm(positions, generator=torch.Generator().manual_seed(0))
+        quantile = (order.double() + 1) / (positions + 1)
+        mean = target_coarse + spread * math.sqrt(2) * torch.erfinv(2 * quantile - 1)
+        self.prior_mean_logit = nn.Parameter(mean.clamp(0.02, 0.98).logit().float().view(1, 1, *self.grid))
+        self.prior_log_temperature = nn.Parameter(torch.full((1, 1, *self.grid), math.log(temperature)))
+        self.register_buffer('memory', torch.empty(0, 0, 0), persistent=False)
+
+    def forward(self, logits: Tensor, data_samples: Sequence = ()) -> Tensor:
+        m = gather_batch(logits.sigmoid())  # (ranks * B, hc, wc)
+        values = m
+        if self.memory.shape[1:] == m.shape[1:]:
+            values = torch.cat((m, self.memory))  # (N, hc, wc)
+        self.memory = values[: self.memory_size].detach()
+        means = self.prior_mean_logit.sigmoid()
+        temperatures = self.prior_log_temperature.exp()
+        mean, temperature = (self._at(prior, m.shape[1:]) for prior in (means, temperatures))  # (hc * wc,)
+        prior = batch_shaping_loss(values.flatten(1), lambda x: relaxed_bernoulli_cdf(x, mean, temperature))
+        hyperprior = batch_shaping_loss(
+            means.view(-1, 1), lambda x: normal_cdf(x, self.target_coarse, self.spread)
+        )
+        penalty = temperatures.square().mean()
+        return self.loss_weight * (
+            prior + self.hyperprior_weight * hyperprior + self.temperature_weight * penalty
+        )
+
+    @staticmethod
+    def _at(prior: Tensor, grid: Tuple[int, int]) -> Tensor:
+        if prior.shape[2:] != grid:
+            prior = F.interpolate(prior, size=tuple(grid), mode='bilinear', align_corners=False)
+        return prior.flatten()
+
+
+@MODELS.register_module()
+class BatchShapingLoss(GateLoss):
+    """Batch shaping with one fixed Beta prior, over all images and positions together.
+
+    Args:
+        a: first parameter of the prior, whose mean is a / (a + b).
+        b: second parameter.
+    """
+
+    def __init__(
+        self,
+        grid: Tuple[int, int] = (16, 16),
+        region: int = 32,
+        a: float = 0.6,
+        b: float = 0.4,
+        loss_weight: float = 1.0,
+        loss_name: str = 'loss_bas',
+    ):
+        super().__init__(grid, region, loss_weight, loss_name)
+        if not (a > 0 and b > 0):
+            raise ValueError(f'a and b must be positive, got {a} and {b}')
+        self.a, self.b = a, b
+
+    def forward(self, logits: Tensor, data_samples: Sequence = ()) -> Tensor:
+        values = gather_batch(logits.sigmoid()).view(-1, 1)  # (ranks * B * hc * wc, 1)
+        return self.loss_weight * batch_shaping_loss(values, lambda x: beta_cdf(x, self.a, self.b))
+
+
+@MODELS.register_module()
+class TokenBudgetLoss(GateLoss):
+    """(mean of m - target)^2: holds the mean share of coarse regions, and says nothing about which ones.
+
+    Args:
+        target_coarse: the wanted share.
+    """
+
+    def __init__(
+        self,
+        grid: Tuple[int, int] = (16, 16),
+        region: int = 32,
+        target_coarse: float = 0.5,
+        loss_weight: float = 1.0,
+        loss_name: str = 'loss_budget',
+    ):
+        super().__init__(grid, region, loss_weight, loss_name)
+        if not 0 <= target_coarse <= 1:
+            raise ValueError(f'target_coarse must be in [0, 1], got {target_coarse}')
+        self.target_coarse = target_coarse
+
+    def forward(self, logits: Tensor, data_samples: Sequence = ()) -> Tensor:
+        return self.loss_weight * (gather_batch(logits.sigmoid()).mean() - self.target_coarse).square()
+
+
+@MODELS.register_module()
+class PurityLoss(GateLoss):
+    """Cross-entropy of the logit against "the region is of one class", read from the segmentor's ground truth.
+
+    Chosen here, after content-aware token sharing (Lu, de Geus and Dubbelman 2023), whose policy is trained so.
+
+    Args:
+        purity: a region counts as of one class if at least this share of its labelled pixels is.
+        ignore_index: label of the pixels that do not count. Regions without a labelled pixel have no part in the loss.
+    """
+
+    def __init__(
+        self,
+        grid: Tuple[int, int] = (16, 16),
+        region: int = 32,
+        purity: float = 0.95,
+        ignore_index: int = IGNORE_INDEX,
+        loss_weight: float = 1.0,
+        loss_name: str = 'loss_purity',
+    ):
+        super().__init__(grid, region, loss_weight, loss_name)
+        if not 0 < purity <= 1:
+            raise ValueError(f'purity must be in (0, 1], got {purity}')
+        self.purity = purity
+        self.ignore_index = ignore_index
+
+    def forward(self, logits: Tensor, data_samples: Sequence) -> Tensor:
+        if not data_samples or any('gt_sem_seg' not in sample for sample in data_samples):
+            raise ValueError('PurityLoss needs data_samples with gt_sem_seg: train it in a segmentor, or leave it out')
+        labels = torch.stack([sample.gt_sem_seg.data[0] for sample in data_samples])  # (B, H, W)
+        share, labelled = region_purity(labels, logits.shape[1:], self.region, self.ignore_index)
+        target = (share >= self.purity).to(logits.dtype)
+        loss = F.binary_cross_entropy_with_logits(logits, target, reduction='none')
+        return self.loss_weight * (loss * labelled).sum() / labelled.sum().clamp(min=1)
+
+
+def region_purity(
+    labels: Tensor, grid: Tuple[int, int], region: int, ignore_index: int = IGNORE_INDEX
+) -> Tuple[Tensor, Tensor]:
+    """Share of the commonest class among the labelled pixels of each region.
+
+    Args:
+        labels: (B, H, W) integers in [0, 255], no larger than the region grid.
+        grid: (hc, wc).
+        region: pixels along a region's side.
+        ignore_index: label of unlabelled pixels.
+
+    Returns:
+        (B, hc, wc) shares, 0 where nothing is labelled, and (B, hc, wc) bool, whether anything is.
+    """
+    hc, wc = grid
+    right, below = wc * region - labels.shape[2], hc * region - labels.shape[1]
+    if right < 0 or below < 0:
+        raise ValueError(
+            f'grid {tuple(grid)} of {region}-pixel regions does not cover labels of (H, W) = {tuple(labels.shape[1:])}'
+        )
+    padded = F.pad(labels, (0, right, 0, below), value=ignore_index)
+    pixels = patchify(padded[:, None], region).long()  # (B, hc, wc, R * R)
+    counts = torch.zeros(*pixels.shape[:3], 256, device=labels.device)
+    counts.scatter_add_(-1, pixels, torch.ones_like(pixels, dtype=counts.dtype))
+    counts[..., ignore_index] = 0
+    total = counts.sum(-1)  # (B, hc, wc)
+    return counts.amax(-1) / total.clamp(min=1), total > 0

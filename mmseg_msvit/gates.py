@@ -1,0 +1,179 @@
+"""Gates: one logit of "coarse" for each region of an image.
+
+A gate takes images padded to whole regions, and their region grid, and returns float32 logits (B, hc, wc). It sees
+each region by itself. Whether a region is coarse is decided from the logit by the backbone's token selector.
+"""
+
+import math
+from typing import Tuple
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from mmengine.model.weight_init import trunc_normal_
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+from .embedding import patchify
+
+# A decided gate's logit: sigmoid(20) is 1 - 2e-9, so that it is beyond any threshold that one would set.
+CERTAIN = 20.0
+# The losses clip probabilities to [1e-3, 1 - 1e-3]: a logit beyond 6.9 has no gradient, and one needs room to move.
+MAX_FIRST_LOGIT = 5.0
+
+
+class Gate(BaseModule):
+    """Base of all gates. The backbone gives the first four arguments, a config the others.
+
+    Args:
+        in_channels: channels C of the images.
+        region: pixels R along a region's side.
+        grid: (gh, gw), the region grid of the backbone's ``img_size``.
+        embed_dims: the backbone's width.
+        temperature: T of m = sigmoid((logit + logistic noise) / T) in training; chosen here, no source gives it.
+        threshold: a region is coarse at test time iff sigmoid(logit) > threshold.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        region: int = 32,
+        grid: Tuple[int, int] = (16, 16),
+        embed_dims: int = 384,
+        temperature: float = 1.0,
+        threshold: float = 0.5,
+        init_cfg=None,
+    ):
+        super().__init__(init_cfg)
+        self.in_channels = in_channels
+        self.region = region
+        self.grid = tuple(grid)
+        self.embed_dims = embed_dims
+        self.temperature = temperature
+        self.threshold = threshold
+
+    def pixels(self, images: Tensor, grid: Tuple[int, int]) -> Tensor:
+        """The pixels of each region, (B, hc, wc, C * R * R).
+
+        Raises:
+            ValueError: the images have other channels or another size than the region grid says.
+        """
+        wanted = (self.in_channels, grid[0] * self.region, grid[1] * self.region)
+        if tuple(images.shape[1:]) != wanted:
+            raise ValueError(
+                f'grid {tuple(grid)} of {self.region}-pixel regions wants images of (C, H, W) = {wanted}, '
+                f'got {tuple(images.shape[1:])}'
+            )
+        return patchify(images, self.region)
+
+    def forward(self, images: Tensor, grid: Tuple[int, int]) -> Tensor:
+        """Images (B, C, hc * R, wc * R) and grid (hc, wc) in, float32 logits (B, hc, wc) out."""
+        raise NotImplementedError
+
+
+@MODELS.register_module()
+class MLPGate(Gate):
+    """The learned gate: a 4-layer MLP on a region's raw pixels, in float32 also under AMP.
+
+    The paper says four layers and local. Chosen here: width = embed_dims, LayerNorm and GELU between the layers, the
+    position embedding after the first one.
+
+    Args:
+        init_coarse: the probability of coarse that every region starts with.
+    """
+
+    def __init__(self, *args, init_coarse: float = 0.9, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not 0 < init_coarse < 1 or abs(math.log(init_coarse / (1 - init_coarse))) > MAX_FIRST_LOGIT:
+            low = 1 / (1 + math.exp(MAX_FIRST_LOGIT))
+            raise ValueError(f'init_coarse must be in [{low:.4f}, {1 - low:.4f}], got {init_coarse}')
+        self.init_coarse = init_coarse
+        width = self.embed_dims
+        self.embed = nn.Linear(self.in_channels * self.region**2, width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, width, *self.grid))
+        layers = []
+        for out in (width, width, 1):
+            layers += [nn.LayerNorm(width), nn.GELU(), nn.Linear(width, out)]
+        self.mlp = nn.Sequential(*layers)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Small normal weights; a last layer that answers ``init_coarse`` everywhere."""
+        trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        nn.init.zeros_(self.mlp[-1].weight)
+        nn.init.constant_(self.mlp[-1].bias, math.log(self.init_coarse / (1 - self.init_coarse)))
+
+    def forward(self, images: Tensor, grid: Tuple[int, int]) -> Tensor:
+        with torch.autocast(images.device.type, enabled=False):
+            pixels = self.pixels(images, grid).to(self.embed.weight.dtype)  # (B, hc, wc, C * R * R)
+            position = self.pos_embed
+            if tuple(grid) != self.grid:
+                position = F.interpolate(position, size=tuple(grid), mode='bilinear', align_corners=False)
+            x = self.embed(pixels) + position.permute(0, 2, 3, 1)  # (B, hc, wc, width)
+            return self.mlp(x).squeeze(-1).float()  # (B, hc, wc)
+
+
+@MODELS.register_module()
+class FixedGate(Gate):
+    """The same answer everywhere: all coarse, or all fine, which is the dense ViT.
+
+    Args:
+        coarse: the answer.
+    """
+
+    def __init__(self, *args, coarse: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.coarse = coarse
+
+    def forward(self, images: Tensor, grid: Tuple[int, int]) -> Tensor:
+        return images.new_full((len(images), *grid), CERTAIN if self.coarse else -CERTAIN, dtype=torch.float32)
+
+
+def _check_ratio(coarse_ratio: float) -> float:
+    if not 0 <= coarse_ratio <= 1:
+        raise ValueError(f'coarse_ratio must be in [0, 1], got {coarse_ratio}')
+    return coarse_ratio
+
+
+@MODELS.register_module()
+class RandomGate(Gate):
+    """Coarse by chance, each region by itself, so that images differ in their number of tokens. A baseline.
+
+    Args:
+        coarse_ratio: the probability of coarse.
+    """
+
+    def __init__(self, *args, coarse_ratio: float = 0.5, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.coarse_ratio = _check_ratio(coarse_ratio)
+
+    def forward(self, images: Tensor, grid: Tuple[int, int]) -> Tensor:
+        coin = torch.rand(len(images), *grid, device=images.device) < self.coarse_ratio
+        return torch.where(coin, CERTAIN, -CERTAIN)
+
+
+@MODELS.register_module()
+class VarianceGate(Gate):
+    """Hand-made: the regions of an image whose pixels vary least are coarse.
+
+    Args:
+        coarse_ratio: the share of an image's regions that are coarse, rounded to whole regions.
+    """
+
+    def __init__(self, *args, coarse_ratio: float = 0.5, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.coarse_ratio = _check_ratio(coarse_ratio)
+
+    def forward(self, images: Tensor, grid: Tuple[int, int]) -> Tensor:
+        pixels = self.pixels(images.float(), grid).unflatten(-1, (self.in_channels, -1))  # (B, hc, wc, C, R * R)
+        variance = pixels.var(-1, correction=0).mean(-1).flatten(1)  # (B, hc * wc)
+        order = variance.argsort(dim=1, stable=True)
+        coarse = torch.zeros_like(variance, dtype=torch.bool)
+        coarse.scatter_(1, order[:, : round(self.coarse_ratio * variance.shape[1])], True)
+        return torch.where(coarse, CERTAIN, -CERTAIN).unflatten(1, grid)

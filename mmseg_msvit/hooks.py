@@ -1,0 +1,35 @@
+"""Hooks: the gate's losses into the training of any segmentor."""
+
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmseg.registry import HOOKS
+
+from .backbone import MSViT
+
+
+@HOOKS.register_module()
+class GateLossHook(Hook):
+    """Adds the gate losses of a segmentor's :class:`MSViT` to its losses.
+
+    They appear as ``gate.loss_*``; ``gate.coarse_fraction`` and ``gate.tokens`` (active tokens of an image, a batch's
+    mean) are logged beside them. It is a forward hook on the model, there from ``before_train`` to ``after_train``.
+    """
+
+    def before_train(self, runner) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        backbones = [m for m in model.modules() if isinstance(m, MSViT)]
+        if len(backbones) != 1:
+            raise ValueError(f'GateLossHook: the model must have one MSViT backbone, got {len(backbones)}')
+        backbone = backbones[0]
+
+        def add_gate_losses(module, args, kwargs, output):
+            if kwargs.get('mode') != 'loss':
+                return None
+            data_samples = kwargs['data_samples'] if 'data_samples' in kwargs else args[1]
+            gate = backbone.pop_gate_losses(data_samples)
+            return {**output, **{f'gate.{name}': value for name, value in gate.items()}}
+
+        self._handle = model.register_forward_hook(add_gate_losses, with_kwargs=True)
+
+    def after_train(self, runner) -> None:
+        self._handle.remove()
