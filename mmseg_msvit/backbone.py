@@ -18,7 +18,7 @@ from .attention import attend, attend_reference, drop_path
 from .embedding import Grid, pad_to_regions, patchify, position_tables
 from .gate_losses import GateLoss
 from .gates import Gate
-from .tokens import TokenBatch, TokenSelector, raise_not_finite, region_grid, region_of_cell
+from .tokens import TokenBatch, TokenSelector, raise_not_finite, region_grid
 
 COARSE_EMBED = ('resize', 'resize+detail')
 

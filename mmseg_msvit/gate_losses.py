@@ -5,7 +5,7 @@ Pure functions come first; the registered modules wrap them.
 """
 
 import math
-from typing import Callable, Sequence, Tuple
+from typing import Callable, Sequence, Tuple, Union
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,7 @@ def relaxed_bernoulli_cdf(x: Tensor, mean: Tensor, temperature: Tensor) -> Tenso
     return torch.sigmoid(temperature * x.clamp(CLIP, 1 - CLIP).logit() - mean.logit())
 
 
-def normal_cdf(x: Tensor, mean: float, std: float) -> Tensor:
+def normal_cdf(x: Tensor, mean: Union[float, Tensor], std: Union[float, Tensor]) -> Tensor:
     """CDF of the normal distribution."""
     return 0.5 * (1 + torch.erf((x - mean) / (std * math.sqrt(2))))
 
@@ -96,7 +96,7 @@ def batch_shaping_loss(values: Tensor, cdf: Callable[[Tensor], Tensor]) -> Tenso
         Scalar.
     """
     n = len(values)
-    empirical = torch.arange(1, n + 1, device=values.device, dtype=values.dtype) / (n + 1)
+    empirical = torch.arange(1, n + 1, device=values.device) / (n + 1)  # float32, as in the published code
     return (empirical[:, None] - cdf(values.sort(dim=0).values)).square().mean()
 
 
@@ -194,13 +194,9 @@ class GeneralizedBatchShapingLoss(GateLoss):
         temperatures = self.prior_log_temperature.exp()
         mean, temperature = (self._at(prior, m.shape[1:]) for prior in (means, temperatures))  # (hc * wc,)
         prior = batch_shaping_loss(values.flatten(1), lambda x: relaxed_bernoulli_cdf(x, mean, temperature))
-        hyperprior = batch_shaping_loss(
-            means.view(-1, 1), lambda x: normal_cdf(x, self.target_coarse, self.spread)
-        )
+        hyperprior = batch_shaping_loss(means.view(-1, 1), lambda x: normal_cdf(x, self.target_coarse, self.spread))
         penalty = temperatures.square().mean()
-        return self.loss_weight * (
-            prior + self.hyperprior_weight * hyperprior + self.temperature_weight * penalty
-        )
+        return self.loss_weight * (prior + self.hyperprior_weight * hyperprior + self.temperature_weight * penalty)
 
     @staticmethod
     def _at(prior: Tensor, grid: Tuple[int, int]) -> Tensor:

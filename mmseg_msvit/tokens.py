@@ -174,7 +174,7 @@ class TokenSelector(nn.Module):
                 keep = torch.zeros_like(active).scatter_(1, best, True)
             if self.train_tokens != 'active':
                 lengths = [int(keep.shape[1]) if self.train_tokens == 'all' else max(lengths)] * len(lengths)
-            weight = active + soft - soft.detach()  # (B, T)
+            weight = active + (soft - soft.detach())  # (B, T)
 
         total = sum(lengths)
         index = torch.nonzero_static(keep.flatten(), size=total).flatten()  # (N,)

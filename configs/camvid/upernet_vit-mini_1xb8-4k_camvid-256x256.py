@@ -1,0 +1,12 @@
+# The dense twin: mmseg's ViT, with the same bias in its patch embedding.
+#   mim train mmsegmentation configs/camvid/upernet_vit-mini_1xb8-4k_camvid-256x256.py
+_base_ = [
+    '../_base_/models/upernet_vit-mini.py',
+    '../_base_/datasets/camvid.py',
+    '../_base_/schedules/adamw_4k.py',
+    'mmseg::_base_/default_runtime.py',
+]
+model = dict(
+    data_preprocessor=dict(size=_base_.crop_size), decode_head=dict(num_classes=11), auxiliary_head=dict(num_classes=11)
+)
+randomness = dict(seed=0)

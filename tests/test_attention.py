@@ -1,0 +1,96 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+from mmseg_msvit import attention
+from mmseg_msvit.attention import attend, attend_reference, drop_path
+
+
+def pack(lengths, heads=2, d=4, dtype=torch.float64):
+    return torch.randn(sum(lengths), 3, heads, d, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize('lengths', [[5], [3, 3, 3], [1, 7, 2], [4, 4, 1, 4]])
+@pytest.mark.parametrize('weighted', [False, True])
+@pytest.mark.parametrize('chunk', [1, 2**24])
+def test_fused_equals_reference_with_gradients(lengths, weighted, chunk, monkeypatch):
+    monkeypatch.setattr(attention, 'CHUNK_ELEMENTS', chunk)
+    results = []
+    for function in (attend, attend_reference):
+        torch.manual_seed(1)
+        qkv = pack(lengths)
+        weight = (torch.rand(len(qkv)) < 0.6).double()
+        weight[torch.tensor([0, *lengths[:-1]]).cumsum(0)] = 1  # the cls token
+        weight.requires_grad_()
+        out = function(qkv, lengths, weight if weighted else None)
+        (out * torch.randn_like(out)).sum().backward()
+        results.append([out, qkv.grad] + ([weight.grad] if weighted else []))
+    for fused, reference in zip(*results):
+        torch.testing.assert_close(fused, reference, rtol=1e-10, atol=1e-10)
+
+
+def test_reference_is_the_published_formula():
+    qkv, w = pack([4], heads=1), torch.tensor([1.0, 0.0, 0.5, 1.0], dtype=torch.float64)
+    q, k, v = (t.detach() for t in qkv[:, :, 0].unbind(1))
+    for i in range(4):
+        a = [w[j] * torch.exp(q[i] @ k[j] / 4**0.5) for j in range(4)]
+        wanted = sum(a[j] * v[j] for j in range(4)) / sum(a)
+        torch.testing.assert_close(attend_reference(qkv, [4], w)[i, 0], wanted)
+
+
+@pytest.mark.parametrize('function', [attend, attend_reference])
+def test_gradcheck(function):
+    lengths = [3, 3]
+    weight = torch.rand(6, dtype=torch.float64).add(0.2).requires_grad_()
+    assert gradcheck(lambda qkv, w: function(qkv, lengths, w), (pack(lengths, d=3), weight))
+
+
+def test_gradcheck_of_the_reference_at_a_hard_decision():
+    weight = torch.tensor([1.0, 0, 1, 0, 1], dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda qkv, w: attend_reference(qkv, [5], w), (pack([5], d=3), weight))
+
+
+def test_inactive_tokens_are_seen_by_nobody_and_have_a_gradient():
+    qkv = pack([5]).detach()
+    weight = torch.tensor([1.0, 0, 1, 0, 1], dtype=torch.float64, requires_grad=True)
+    keep = weight.bool()
+    out = attend(qkv, [5], weight)
+    torch.testing.assert_close(out[keep], attend(qkv[keep], [3]))
+    out.square().sum().backward()
+    assert (weight.grad[~keep] != 0).all()
+
+
+def test_extreme_scores_stay_finite():
+    qkv = pack([6], dtype=torch.float32).detach() * 100
+    weight = torch.tensor([1.0, 0, 0, 0, 1, 0], requires_grad=True)
+    for function in (attend, attend_reference):
+        x = qkv.clone().requires_grad_()
+        out = function(x, [6], weight)
+        grads = torch.autograd.grad(out.sum(), (x, weight))
+        assert out.isfinite().all() and all(g.isfinite().all() for g in grads)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_images_do_not_see_each_other(lengths):
+    qkv = pack(lengths).detach()
+    alone = torch.cat([attend(part, [len(part)]) for part in qkv.split(lengths)])
+    torch.testing.assert_close(attend(qkv, lengths), alone)
+
+
+def test_dropout_of_weighted_attention_is_random_and_unbiased():
+    qkv, weight = pack([8], dtype=torch.float32).detach(), torch.ones(8)
+    plain = attend(qkv, [8], weight)
+    mean = torch.stack([attend(qkv, [8], weight, dropout=0.2) for _ in range(2000)]).mean(0)
+    assert not torch.equal(attend(qkv, [8], weight, dropout=0.2), plain)
+    torch.testing.assert_close(mean, plain, rtol=0.1, atol=0.05)
+
+
+def test_drop_path_tosses_one_coin_an_image():
+    image = torch.arange(200).repeat_interleave(3)
+    out = drop_path(torch.ones(600, 4), image, 200, 0.25).view(200, 12)
+    assert (out == out[:, :1]).all()
+    assert set(out[:, 0].tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert 100 < (out[:, 0] > 0).sum() < 190

@@ -1,0 +1,352 @@
+import dataclasses
+
+import pytest
+import torch
+from conftest import SMALL, build_msvit, randomize
+from mmseg.models.backbones import VisionTransformer
+from mmseg.registry import MODELS
+
+from mmseg_msvit import backbone
+from mmseg_msvit.backbone import block
+
+SIZES = [(512, 512), (234, 345), (32, 128), (32, 32), (16, 16), (96, 80)]
+RANDOM_GATE = dict(type='MLPGate', init_coarse=0.5)
+LEARNED = dict(gate=RANDOM_GATE)
+
+
+def no_noise(monkeypatch):
+    monkeypatch.setattr(torch, 'rand_like', lambda x: torch.full_like(x, 0.5))  # logit(1/2) = 0
+
+
+def watch_tokens(model):
+    """A list that fills with each forward's TokenBatch."""
+    seen = []
+    model.select.register_forward_hook(lambda module, args, tokens: seen.append(tokens))
+    return seen
+
+
+def force_logits(model, logits):
+    """Makes a learned gate answer these logits (B, hc, wc), and keeps its parameters in the graph."""
+    model.gate.register_forward_hook(lambda module, args, out: logits.to(out.dtype) + out - out.detach())
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        dict(output_cls_token=True, out_origin=True),
+        dict(with_cls_token=False, pre_norm=True, patch_norm=True, qkv_bias=False, num_fcs=3),
+        dict(patch_bias=False, interpolate_mode='bilinear', out_indices=-1, final_norm=False, mlp_ratio=2),
+    ],
+)
+def test_all_fine_is_mmsegs_vit(size, options):
+    """Invariant 1. mmseg compares tables by their number of positions: it gets the correctly resampled one."""
+    options = {**SMALL, 'patch_bias': True, **options}
+    dense = VisionTransformer(**options)
+    dense.init_weights()
+    randomize(dense)
+    dense.eval()
+    model = MODELS.build(dict(type='MSViT', gate=dict(type='FixedGate', coarse=False), **options)).eval()
+    assert model.load_state_dict(dense.state_dict(), strict=True)
+
+    images = torch.randn(2, 3, *size)
+    h, w = -(-size[0] // 16), -(-size[1] // 16)
+    table = dense.img_size[0] // 16, dense.img_size[1] // 16
+    if (h, w) != table:
+        dense.pos_embed.data = dense.resize_pos_embed(dense.pos_embed.data, (h, w), table, dense.interpolate_mode)
+        dense.img_size = (h * 16, w * 16)
+    with torch.no_grad():
+        outputs, wanted = model(images), dense(images)
+    assert len(outputs) == len(wanted)
+    for a, b in zip(outputs, wanted):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('size', [(64, 64), (70, 90), (33, 130)])
+@pytest.mark.parametrize('mode', ['all', 'trimmed', 'active'])
+@pytest.mark.parametrize('options', [{}, dict(coarse_embed='resize+detail'), dict(with_cls_token=False)])
+def test_training_output_is_the_packed_test_output(size, mode, options, monkeypatch):
+    """Invariant 2: the same hard decisions, no noise."""
+    model = build_msvit(train_tokens=mode, **LEARNED, **options)
+    images = torch.randn(3, 3, *size)
+    force_logits(model, torch.randn(3, -(-size[0] // 32), -(-size[1] // 32)))
+    with torch.no_grad():
+        wanted = model(images)
+    no_noise(monkeypatch)
+    seen = watch_tokens(model)
+    outputs = model.train()(images)
+    (tokens,) = seen
+    assert 0 < tokens.coarse.float().mean() < 1 and tokens.masked == (mode != 'active')
+    for a, b in zip(outputs, wanted):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('mode', ['all', 'trimmed'])
+def test_gradient_of_the_weights_is_that_of_the_definition(mode):
+    """Finite differences through embedding, masked blocks and the mixing on the grid, at a hard decision."""
+    model = build_msvit(train_tokens=mode, img_size=(32, 64), embed_dims=8, num_layers=2, out_indices=(0, 1), **LEARNED)
+    model = model.double().train()
+    images = torch.randn(2, 3, 32, 64, dtype=torch.float64)
+    logits = model.gate(images, (1, 2))
+    tokens = model.select(logits, (2, 4))
+    assert 0 in tokens.weight
+
+    def run(weight):
+        batch = dataclasses.replace(tokens, weight=weight)
+        x = model.embed(images, batch)
+        grids = []
+        for layer in model.layers:
+            # the reference attention: a weight of 0 minus a step has no logarithm
+            x = block(layer, x, batch, None, 'all')
+            grids.append(batch.to_grid(x))
+        return torch.stack(grids)
+
+    weight = tokens.weight.detach().double().requires_grad_()
+    assert torch.autograd.gradcheck(run, weight, atol=1e-6, fast_mode=True)
+
+
+@pytest.mark.parametrize('options', [{}, dict(out_indices=(1,), coarse_embed='resize+detail')])
+def test_trimmed_has_the_gradients_of_the_plain_attention(options, monkeypatch):
+    grads = []
+    for plain in (False, True):
+        torch.manual_seed(0)
+        model = build_msvit(train_tokens='trimmed', **LEARNED, **options).double().train()
+        images = torch.randn(3, 3, 70, 64, dtype=torch.float64)
+        force_logits(model, torch.randn(3, 3, 2))
+        if plain:
+            monkeypatch.setattr(backbone, 'attend', backbone.attend_reference)
+        sum(o.square().sum() for o in model(images)).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert any(name.startswith('gate.') and g.abs().sum() > 0 for name, g in grads[0].items())
+    for name in grads[1]:
+        torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize('size', [(64, 64), (50, 100)])
+def test_a_batch_is_its_images(size):
+    """Invariant 3, with an all-coarse and an all-fine image among the others."""
+    model = build_msvit(**LEARNED)
+    images = torch.randn(8, 3, *size)
+    hc, wc = -(-size[0] // 32), -(-size[1] // 32)
+    logits = torch.randn(8, hc, wc)
+    logits[0], logits[1] = 9, -9
+    order = torch.randperm(8)
+    with torch.no_grad():
+        hook = model.gate.register_forward_hook(lambda *args: logits)
+        together = model(images)
+        hook.remove()
+        hook = model.gate.register_forward_hook(lambda *args: logits[order])
+        permuted = model(images[order])
+        hook.remove()
+        for i in range(8):
+            hook = model.gate.register_forward_hook(lambda *args, i=i: logits[i : i + 1])
+            alone = model(images[i : i + 1])
+            hook.remove()
+            for a, b in zip(alone, together):
+                torch.testing.assert_close(a[0], b[i], rtol=1e-4, atol=1e-5)
+    for a, b in zip(permuted, together):
+        torch.testing.assert_close(a, b[order], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('mode', ['all', 'trimmed', 'active'])
+@pytest.mark.parametrize('logit', [9.0, -9.0, None])
+@pytest.mark.parametrize('options', [dict(coarse_embed='resize+detail'), dict(with_cls_token=False)])
+def test_each_parameter_gets_a_gradient(mode, logit, options):
+    """Invariant 4: also when a batch is all coarse or all fine, or of one region."""
+    model = build_msvit(train_tokens=mode, gate_loss=[dict(type='GeneralizedBatchShapingLoss')], **options).train()
+    if logit is not None:
+        force_logits(model, torch.full((2, 2, 2), logit))
+    loss = sum(o.square().mean() for o in model(torch.randn(2, 3, 64, 64)))
+    gate = model.pop_gate_losses([])
+    (loss + gate['loss_gbas']).backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert model.gate.mlp[-1].weight.grad.abs().sum() > 0
+
+
+def test_default_configuration_trains_every_parameter_from_its_first_step():
+    model = MODELS.build(dict(type='MSViT', **SMALL))
+    model.init_weights()
+    sum(o.square().mean() for o in model.train()(torch.randn(2, 3, 64, 64))).backward()
+    without = {name for name, p in model.named_parameters() if p.grad is None}
+    assert without == {'gate_losses.0.prior_mean_logit', 'gate_losses.0.prior_log_temperature'}
+
+
+@pytest.mark.parametrize('mode', ['all', 'trimmed', 'active'])
+def test_checkpointing_changes_nothing(mode):
+    """Invariant 5, with stochastic depth and dropout, whose coins have to be tossed the same way again."""
+    results = []
+    for with_cp in (False, True):
+        torch.manual_seed(0)
+        model = build_msvit(train_tokens=mode, with_cp=with_cp, drop_path_rate=0.5, drop_rate=0.1, **LEARNED).train()
+        torch.manual_seed(1)
+        outputs = model(torch.randn(4, 3, 64, 64))
+        sum(o.square().sum() for o in outputs).backward()
+        results.append([*outputs, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+def test_stochastic_depth_is_drawn_for_each_image():
+    model = build_msvit(drop_path_rate=0.9, num_layers=2, out_indices=(1,), gate=dict(type='FixedGate')).train()
+    image = torch.randn(1, 3, 64, 64).expand(64, -1, -1, -1)
+    (out,) = model(image)
+    kinds = out.flatten(1).unique(dim=0)
+    assert len(kinds) == 2  # the last layer's branch kept or dropped, and nothing between
+
+
+@pytest.mark.parametrize('options', [{}, dict(coarse_embed='resize+detail')])
+@pytest.mark.parametrize('size', [(64, 64), (49, 79)])
+def test_each_pixel_has_a_gradient(options, size):
+    """Invariant 7."""
+    model = build_msvit(**LEARNED, **options)
+    images = torch.randn(2, 3, *size, requires_grad=True)
+    model(images)[-1].square().sum().backward()
+    assert (images.grad != 0).all()
+
+
+def test_coarse_token_is_the_embedded_area_mean_and_detail_adds_a_convolution():
+    model = build_msvit(coarse_embed='resize+detail', gate=dict(type='FixedGate', coarse=True))
+    seen = watch_tokens(model)
+    images = torch.randn(1, 3, 64, 48)
+    (padded, grid) = backbone.pad_to_regions(images, 16, 2)
+    with torch.no_grad():
+        model(images)
+        x = model.embed(padded, seen[0])[1:]
+        conv = model.patch_embed.projection
+        mean = torch.nn.functional.interpolate(padded, scale_factor=0.5, mode='area')
+        cells = conv(padded)
+        cells[..., grid[1] :] = 0  # the column of cells beyond the grid
+        wanted = conv(mean) + model.coarse_detail(cells)
+        position = model.resize_pos_embed(model.pos_embed, grid, (4, 4), 'bicubic')[:, 1:]
+        position = position.mT.unflatten(2, grid)
+        position = torch.nn.functional.avg_pool2d(position, 2, ceil_mode=True)
+    torch.testing.assert_close(x, (wanted + position)[0].flatten(1).T, rtol=1e-4, atol=1e-5)
+
+
+def test_a_detail_that_starts_at_zero_changes_nothing():
+    outputs = []
+    weights = build_msvit(gate=dict(type='FixedGate')).state_dict()
+    for coarse_embed in ('resize', 'resize+detail'):
+        model = MODELS.build(
+            dict(type='MSViT', coarse_embed=coarse_embed, gate=dict(type='FixedGate', coarse=True)) | SMALL
+        )
+        model.load_state_dict(weights, strict=False)
+        outputs.append(model.eval()(torch.ones(1, 3, 64, 64).cumsum(2))[0])
+    torch.testing.assert_close(*outputs)
+
+
+def test_larger_scales():
+    model = build_msvit(scales=(16, 64), **LEARNED)
+    assert model.train()(torch.randn(2, 3, 100, 140))[0].shape == (2, 32, 7, 9)
+
+
+def test_frozen_gate_is_always_active_and_has_no_losses():
+    model = build_msvit(train_tokens='all', gate=dict(type='RandomGate'))
+    assert len(model.gate_losses) == 0
+    model = build_msvit(train_tokens='all', **LEARNED)
+    seen = watch_tokens(model)
+    model.gate.requires_grad_(False)
+    out = model.train()(torch.randn(2, 3, 64, 64))
+    assert not seen[0].masked and seen[0].weight is None and model.pop_gate_losses([]) == {}
+    sum(o.sum() for o in out).backward()
+    assert all(p.grad is None for p in model.gate.parameters())
+
+
+def test_slot_is_emptied_when_read_and_stays_empty_at_test_time():
+    model = build_msvit(**LEARNED)
+    model(torch.randn(1, 3, 64, 64))
+    assert model.pop_gate_losses([]) == {}
+    model.train()(torch.randn(1, 3, 64, 64))
+    assert set(model.pop_gate_losses([])) == {'loss_gbas', 'coarse_fraction', 'tokens'}
+    assert model.pop_gate_losses([]) == {}
+
+
+def test_state_dict_has_mmsegs_keys_and_the_gates():
+    dense = VisionTransformer(patch_bias=True, **SMALL)
+    extra = set(build_msvit().state_dict()) - set(dense.state_dict())
+    assert set(dense.state_dict()) <= set(build_msvit().state_dict())
+    assert {name.split('.')[0] for name in extra} == {'gate', 'gate_losses'}
+
+
+def test_initialisation():
+    model = MODELS.build(dict(type='MSViT', coarse_embed='resize+detail', **SMALL))
+    randomize(model)
+    model.init_weights()
+    assert model.coarse_detail.weight.abs().sum() == 0 and model.gate.mlp[-1].weight.abs().sum() == 0
+    assert 0.01 < model.pos_embed.std() < 0.03
+
+
+def test_pretrained_weights_of_a_vit_leave_the_gate_at_its_start(tmp_path):
+    torch.save(VisionTransformer(patch_bias=True, **{**SMALL, 'img_size': 96}).state_dict(), tmp_path / 'vit.pth')
+    model = MODELS.build(
+        dict(type='MSViT', init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'vit.pth')), **SMALL)
+    )
+    model.init_weights()
+    saved = torch.load(tmp_path / 'vit.pth')
+    assert torch.equal(model.layers[1].ffn.layers[1].weight, saved['layers.1.ffn.layers.1.weight'])
+    torch.testing.assert_close(model.gate(torch.zeros(1, 3, 64, 64), (2, 2)).sigmoid(), torch.full((1, 2, 2), 0.9))
+
+
+def test_half_precision_and_autocast():
+    model = build_msvit(**LEARNED)
+    images = torch.randn(2, 3, 64, 64)
+    wanted = model(images)[-1]
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        mixed = model(images)[-1]
+    assert (mixed.float() - wanted).abs().mean() < 0.05
+    model.train()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        loss = sum(o.float().square().mean() for o in model(images))
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.gate.parameters())
+
+
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(scales=(16, 40)), r'scales must be \(patch_size, a larger multiple .* got \(16, 40\)'),
+        (dict(scales=(8, 32)), r'patch_size=16, got \(8, 32\)'),
+        (dict(scales=(16, 16)), r'got \(16, 16\)'),
+        (dict(gate=dict(type='NoGate')), 'gate must be a config whose type is one of .*MLPGate.*NoGate'),
+        (dict(gate=dict(type='VisionTransformer')), 'gate must be a config whose type is one of'),
+        (dict(gate_loss=dict(type='CrossEntropyLoss')), 'gate_loss must be a config whose type .*PurityLoss'),
+        (dict(gate_loss=[dict(type='PurityLoss')] * 2), 'gate_loss: each loss needs a loss_name of its own'),
+        (dict(train_tokens='few'), "train_tokens must be one of .*'few'"),
+        (dict(coarse_embed='mean'), "coarse_embed must be one of .*'mean'"),
+        (dict(patch_pad='same'), "patch_pad must be 'corner'"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        MODELS.build(dict(type='MSViT', **SMALL, **kwargs))
+
+
+@pytest.mark.parametrize(
+    'shape, message',
+    [
+        ((1, 3, 15, 64), r'images must be at least one patch of 16 px, got \(1, 3, 15, 64\)'),
+        ((1, 4, 64, 64), r'images must be \(B, in_channels=3, H, W\), got \(1, 4, 64, 64\)'),
+        ((3, 64, 64), r'images must be \(B, in_channels=3, H, W\), got \(3, 64, 64\)'),
+    ],
+)
+def test_bad_images(shape, message):
+    with pytest.raises(ValueError, match=message):
+        build_msvit()(torch.randn(*shape))
+
+
+@pytest.mark.parametrize('gate', ['MLPGate', 'FixedGate'])
+def test_non_finite_pixels(gate):
+    images = torch.zeros(1, 3, 64, 64)
+    images[0, 0, 3, 3] = float('nan')
+    with pytest.raises(FloatingPointError, match='pixels of the images must be finite, got 1 NaN'):
+        build_msvit(gate=dict(type=gate))(images)
+
+
+def test_non_finite_gate_weights():
+    model = build_msvit()
+    model.gate.embed.weight.data.fill_(float('nan'))
+    with pytest.raises(FloatingPointError, match='gate logits must be finite'):
+        model.train()(torch.zeros(1, 3, 64, 64))

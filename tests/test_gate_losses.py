@@ -1,0 +1,200 @@
+import json
+
+import pytest
+import scipy.stats
+import torch
+import torch.distributed as dist
+from conftest import sample
+from mmseg.registry import MODELS
+from torch.autograd import gradcheck
+
+from mmseg_msvit.gate_losses import (
+    batch_shaping_loss,
+    beta_cdf,
+    normal_cdf,
+    region_purity,
+    relaxed_bernoulli_cdf,
+)
+
+
+def tensor(values):
+    return torch.tensor(values, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize('case', range(3))
+def test_losses_equal_the_published_ones(case, shared):
+    case = json.loads(shared('reference/batch_shaping_vectors.json').read_text())[case]
+    close = dict(rtol=1e-9, atol=1e-9)
+
+    def check(value, name, **tolerance):
+        torch.testing.assert_close(value, torch.tensor(case[name], dtype=torch.float64), **tolerance)
+
+    m, mean, tau = (tensor(case[name]) for name in ('gate_values', 'prior_mean', 'prior_temperature'))
+    loss = batch_shaping_loss(m, lambda x: relaxed_bernoulli_cdf(x, mean, tau))
+    loss.backward()
+    check(loss, 'gbas_prior_loss', **close)
+    check(m.grad, 'gbas_prior_grad_gate', **close)
+    check(mean.grad, 'gbas_prior_grad_mean', **close)
+    check(tau.grad, 'gbas_prior_grad_temperature', **close)
+
+    mean = tensor(case['prior_mean'])
+    center, spread = torch.tensor(case['hyperprior_mean']), torch.tensor(case['hyperprior_std'])  # float32, as there
+    hyper = batch_shaping_loss(mean.view(-1, 1), lambda x: normal_cdf(x, center, spread))
+    hyper.backward()
+    check(hyper, 'hyperprior_loss', **close)
+    check(mean.grad, 'hyperprior_grad_mean', **close)
+
+    m = tensor(case['gate_values'])
+    flat = batch_shaping_loss(m.view(-1, 1), lambda x: beta_cdf(x, case['bas_beta_a'], case['bas_beta_b']))
+    flat.backward()
+    check(flat, 'bas_flat_loss', rtol=1e-5, atol=1e-5)
+    check(m.grad, 'bas_flat_grad_gate', rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('a, b', [(0.6, 0.4), (2.0, 5.0), (1.0, 1.0), (0.05, 3.0), (40.0, 7.0)])
+def test_beta_cdf_is_scipys(a, b):
+    x = torch.linspace(0.001, 0.999, 501, dtype=torch.float64, requires_grad=True)
+    out = beta_cdf(x, a, b)
+    out.sum().backward()
+    torch.testing.assert_close(
+        out.detach(), torch.from_numpy(scipy.stats.beta.cdf(x.detach(), a, b)), rtol=0, atol=1e-10
+    )
+    inner = slice(1, -1)
+    density = torch.from_numpy(scipy.stats.beta.pdf(x.detach(), a, b))
+    torch.testing.assert_close(x.grad[inner], density[inner], rtol=1e-8, atol=1e-10)
+
+
+def test_gradcheck_of_batch_shaping():
+    values = torch.rand(5, 3, dtype=torch.float64, requires_grad=True)
+    mean, tau = tensor([0.3, 0.5, 0.8]), tensor([0.4, 0.6, 1.1])
+    assert gradcheck(
+        lambda v, m, t: batch_shaping_loss(v, lambda x: relaxed_bernoulli_cdf(x, m, t)), (values, mean, tau)
+    )
+
+
+def test_relaxed_bernoulli_cdf_is_that_of_its_samples():
+    mean, tau = torch.tensor(0.7), torch.tensor(0.5)
+    uniform = torch.rand(200_000)
+    samples = ((mean.logit() + uniform.logit()) / tau).sigmoid()
+    for x in (0.05, 0.5, 0.9):
+        share = (samples <= x).float().mean()
+        assert abs(share - relaxed_bernoulli_cdf(torch.tensor(x), mean, tau)) < 0.005
+
+
+def build(kind, **kwargs):
+    return MODELS.build(dict(type=kind, grid=(4, 4), region=32, **kwargs))
+
+
+@pytest.mark.parametrize('grid', [(4, 4), (3, 6)])
+def test_generalized_batch_shaping_reaches_every_parameter(grid):
+    loss = build('GeneralizedBatchShapingLoss')
+    logits = torch.randn(4, *grid, requires_grad=True)
+    loss(logits).backward()
+    assert logits.grad.abs().sum() > 0
+    assert all(p.grad.abs().sum() > 0 for p in loss.parameters())
+
+
+def test_generalized_batch_shaping_reaches_its_target():
+    """Free logits and priors under the loss alone end near the target share, and differ between images."""
+    loss = build('GeneralizedBatchShapingLoss', target_coarse=0.3, memory_size=0)
+    logits = (2 + 0.1 * torch.randn(64, 4, 4)).requires_grad_()
+    optimizer = torch.optim.Adam([dict(params=[logits], lr=0.1), dict(params=loss.parameters(), lr=0.01)])
+    for _ in range(400):
+        optimizer.zero_grad()
+        loss(logits).backward()
+        optimizer.step()
+    coarse = (logits > 0).float()
+    assert abs(coarse.mean() - 0.3) < 0.07
+    assert coarse.std(0).mean() > 0.3
+
+
+def test_memory_makes_small_batches_a_larger_sample():
+    torch.manual_seed(0)
+    maps = torch.randn(8, 4, 4)
+    whole = build('GeneralizedBatchShapingLoss', memory_size=0)(maps)
+    remembering = build('GeneralizedBatchShapingLoss', memory_size=6)
+    for part in maps.split(2):
+        last = remembering(part)
+    torch.testing.assert_close(last, whole)
+    assert len(remembering.memory) == 6
+    remembering(torch.randn(2, 2, 2))  # another region grid: it starts anew
+    assert remembering.memory.shape == (2, 2, 2)
+    assert 'memory' not in remembering.state_dict()
+
+
+def test_budget_and_fixed_prior_pull_towards_their_target():
+    logits = torch.zeros(2, 4, 4, requires_grad=True)
+    build('TokenBudgetLoss', target_coarse=0.9)(logits).backward()
+    assert (logits.grad < 0).all()
+    logits = torch.full((2, 4, 4), 2.0).add(0.01 * torch.randn(2, 4, 4)).requires_grad_()
+    build('BatchShapingLoss', a=0.3, b=0.7)(logits).backward()
+    assert logits.grad.sum() > 0  # too coarse for a prior with mean 0.3
+
+
+def test_purity_of_regions():
+    labels = torch.zeros(1, 64, 80, dtype=torch.long)
+    labels[0, :32, :8] = 3  # a quarter of region 0
+    labels[0, 32:, 32:64] = 255  # nothing labelled in region (1, 1)
+    labels[0, 32:48, :32] = 255  # the labelled half of region (1, 0) is pure
+    share, labelled = region_purity(labels, (2, 3), 32)
+    assert share[0].tolist() == [[0.75, 1, 1], [1, 0, 1]]
+    assert labelled[0].tolist() == [[True, True, True], [True, False, True]]
+    with pytest.raises(ValueError, match=r'grid \(1, 3\) of 32-pixel regions does not cover'):
+        region_purity(labels, (1, 3), 32)
+
+
+def test_purity_loss_orients_the_logits_and_leaves_unlabelled_regions_alone():
+    labels = torch.zeros(1, 32, 96, dtype=torch.long)
+    labels[0, :, 32:48] = 1
+    labels[0, :, 64:] = 255
+    logits = torch.zeros(1, 1, 3, requires_grad=True)
+    build('PurityLoss')(logits, [sample(labels[0])]).backward()
+    uniform, mixed, unlabelled = logits.grad[0, 0].tolist()
+    assert uniform < 0 < mixed and unlabelled == 0
+
+
+def test_purity_loss_without_ground_truth_says_so():
+    with pytest.raises(ValueError, match='PurityLoss needs data_samples with gt_sem_seg'):
+        build('PurityLoss')(torch.zeros(1, 1, 1), [])
+
+
+@pytest.mark.parametrize(
+    'kind, kwargs, message',
+    [
+        ('GeneralizedBatchShapingLoss', dict(target_coarse=1.0), 'target_coarse must be in'),
+        ('GeneralizedBatchShapingLoss', dict(spread=0.0), 'spread and temperature must be positive'),
+        ('PurityLoss', dict(purity=0.0), 'purity must be in'),
+        ('BatchShapingLoss', dict(a=-1.0), 'a and b must be positive'),
+        ('TokenBudgetLoss', dict(target_coarse=2), 'target_coarse must be in'),
+        ('TokenBudgetLoss', dict(loss_name='budget'), "loss_name must start with 'loss_'"),
+    ],
+)
+def test_bad_arguments(kind, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        build(kind, **kwargs)
+
+
+def _two_ranks(rank, port, values, results):
+    dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
+    loss = build('GeneralizedBatchShapingLoss', memory_size=0)
+    logits = values[rank].clone().requires_grad_()
+    out = loss(logits)
+    out.backward()
+    results[rank] = out.item(), logits.grad / 2, loss.prior_mean_logit.grad  # DDP averages: divides by the ranks
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_batch(free_port):
+    values = torch.randn(2, 3, 4, 4)
+    results = torch.multiprocessing.Manager().dict()
+    torch.multiprocessing.spawn(_two_ranks, (free_port, values, results), nprocs=2)
+    loss = build('GeneralizedBatchShapingLoss', memory_size=0)
+    logits = values.flatten(0, 1).requires_grad_()
+    out = loss(logits)
+    out.backward()
+    for rank in range(2):
+        value, grad, prior_grad = results[rank]
+        assert abs(value - out.item()) < 1e-6
+        torch.testing.assert_close(grad, logits.grad[3 * rank : 3 * rank + 3])
+        torch.testing.assert_close(prior_grad, loss.prior_mean_logit.grad)

@@ -1,0 +1,125 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmseg_msvit.tokens import TokenSelector, over_cells, region_grid
+
+grids = st.tuples(st.integers(1, 7), st.integers(1, 7))
+
+
+def selector(side=2, mode='active', with_cls=True, threshold=0.5):
+    return TokenSelector(side, mode, 1.0, threshold, with_cls)
+
+
+@settings(max_examples=60, deadline=None)
+@given(grids, st.integers(2, 3), st.integers(1, 4), st.booleans(), st.integers(0, 99))
+def test_each_cell_is_covered_by_exactly_one_active_token(grid, side, images, with_cls, seed):
+    logits = torch.randn(images, *region_grid(grid, side), generator=torch.Generator().manual_seed(seed))
+    tokens = selector(side, with_cls=with_cls).eval()(logits, grid)
+    # A token's feature is its own number: what comes back tells who covers a cell.
+    number = torch.arange(sum(tokens.lengths)).float()[:, None]
+    cells = tokens.to_grid(number)[:, 0].long()  # (B, h, w)
+    assert cells.shape == (images, *grid)
+    seen = torch.zeros(sum(tokens.lengths), dtype=torch.bool)
+    for b in range(images):
+        for y in range(grid[0]):
+            for x in range(grid[1]):
+                mates = (cells[b] == cells[b, y, x]).nonzero()
+                coarse = logits[b, y // side, x // side] > 0
+                same_region = ((mates // side) == torch.tensor([y // side, x // side])).all()
+                assert same_region and (coarse or len(mates) == 1)
+                seen[cells[b, y, x]] = True
+    cls = torch.zeros_like(seen)
+    if with_cls:
+        cls[tokens.cu_seqlens[:-1].long()] = True
+        assert torch.equal(tokens.to_cls(number)[:, 0].long(), cls.nonzero().flatten())
+    assert (seen != cls).all()  # every token but cls covers a cell
+    assert tokens.lengths == tokens.active_counts().tolist() == tokens.cu_seqlens.diff().tolist()
+
+
+def test_token_count_follows_the_share_of_coarse_regions():
+    logits = torch.full((1, 4, 4), -1.0)
+    logits.view(-1)[:8] = 1  # p = 1/2 of Nc = 16 regions: Nc * (4 - 3p) = 40, and cls
+    assert selector().eval()(logits, (8, 8)).lengths == [41]
+
+
+@pytest.mark.parametrize('mode', ['trimmed', 'all'])
+def test_training_keeps_more_than_the_active_tokens_with_weight_zero(mode):
+    logits = torch.randn(3, 3, 3, requires_grad=True)
+    select = selector(mode=mode).train()
+    tokens = select(logits, (5, 6))
+    counts = tokens.active_counts()
+    kept = int(counts.max()) if mode == 'trimmed' else 1 + 9 + 30
+    assert tokens.masked and tokens.lengths == [kept] * 3
+    values = torch.stack(tokens.weight.split(tokens.lengths))
+    assert values.sum(1).tolist() == counts.tolist() and set(values.unique().tolist()) <= {0.0, 1.0}
+
+
+def test_trimming_keeps_every_active_token_and_then_the_largest_soft_values():
+    logits = torch.randn(4, 3, 3, requires_grad=True)
+    torch.manual_seed(3)
+    tokens = selector(mode='trimmed').train()(logits, (6, 6))
+    torch.manual_seed(3)
+    everything = selector(mode='all').train()(logits, (6, 6))
+    candidates = 1 + 9 + 36
+    for b in range(4):
+        kept = tokens.index[tokens.index // candidates == b] % candidates
+        weights = everything.weight.split(everything.lengths)[b].detach()
+        assert set(weights.nonzero().flatten().tolist()) <= set(kept.tolist())
+
+
+def test_active_tokens_carry_the_gradient_of_their_own_soft_value():
+    logits = torch.randn(2, 2, 2, requires_grad=True)
+    tokens = selector().train()(logits, (4, 4))
+    assert not tokens.masked and (tokens.weight == 1).all()
+    tokens.to_grid(torch.ones(sum(tokens.lengths), 1)).sum().backward()
+    # d soft / d logit has the sign of the decision: m for coarse, 1 - m for fine
+    assert torch.equal(logits.grad > 0, tokens.coarse)
+
+
+def test_without_a_gradient_for_the_gate_only_active_tokens_are_kept():
+    tokens = selector(mode='all').train()(torch.randn(2, 2, 2), (4, 4))
+    assert not tokens.masked and tokens.weight is None
+
+
+def test_threshold_moves_the_decision_at_test_time():
+    logits = torch.tensor([[[0.3, -0.3]]])
+    assert selector(threshold=0.5).eval()(logits, (2, 4)).coarse.tolist() == [[[True, False]]]
+    assert not selector(threshold=0.6).eval()(logits, (2, 4)).coarse.any()
+    assert selector(threshold=0.4).eval()(logits, (2, 4)).coarse.all()
+
+
+def test_over_cells_cuts_off_what_lies_beyond_the_grid():
+    regions = torch.arange(6).view(1, 2, 3)
+    wanted = [[0, 0, 1, 1, 2], [0, 0, 1, 1, 2], [3, 3, 4, 4, 5]]
+    assert over_cells(regions, (3, 5), 2)[0].tolist() == wanted
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_non_finite_logits_stop_with_the_iteration(bad):
+    from mmengine.logging import MessageHub
+
+    logits = torch.zeros(1, 2, 2)
+    logits[0, 0, 1] = bad
+    with pytest.raises(FloatingPointError, match='gate logits must be finite, got .* of 4 values'):
+        selector()(logits, (4, 4))
+    hub = MessageHub.get_instance('test_tokens')
+    hub.update_info('iter', 41)
+    try:
+        with pytest.raises(FloatingPointError, match='at iteration 42'):
+            selector()(logits, (4, 4))
+    finally:
+        MessageHub._instance_dict.pop('test_tokens')
+
+
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(mode='some'), "train_tokens must be one of .*'some'"),
+        (dict(threshold=1.5), r'threshold must be in \[0, 1\], got 1.5'),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        selector(**kwargs)
