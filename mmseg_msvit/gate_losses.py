@@ -41,32 +41,33 @@ def normal_cdf(x: Tensor, mean: Union[float, Tensor], std: Union[float, Tensor])
 
 
 def beta_cdf(x: Tensor, a: float, b: float) -> Tensor:
-    """CDF of the Beta distribution, with its density as the gradient; x clipped to [1e-3, 1 - 1e-3]."""
-    return _BetaCDF.apply(x.clamp(CLIP, 1 - CLIP), a, b)
+    """CDF of the Beta distribution, with its density as the gradient.
+
+    As in the published code, the density is clipped to [1e-3, 100]: at the ends it is 0 or infinite.
+    """
+    return _BetaCDF.apply(x, a, b)
 
 
 class _BetaCDF(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, a, b):
-        ctx.save_for_backward(x)
         ctx.shape = a, b
         # The continued fraction converges fast below the mean; above it, I_x(a, b) = 1 - I_{1-x}(b, a).
-        below = x.double() < (a + 1) / (a + b + 2)
-        y = torch.where(below, x.double(), 1 - x.double())
+        z = x.double().clamp(1e-300, 1 - 1e-16)
+        ctx.save_for_backward(z)
+        below = z < (a + 1) / (a + b + 2)
+        y = torch.where(below, z, 1 - z)
         p = torch.where(below, torch.full_like(y, a), torch.full_like(y, b))
         tail = _incomplete_beta(y, p, a + b - p)
         return torch.where(below, tail, 1 - tail).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
+        (z,) = ctx.saved_tensors
         a, b = ctx.shape
-        log_density = (a - 1) * x.log() + (b - 1) * torch.log1p(-x) - _log_beta(a, b)
-        return grad * log_density.exp(), None, None
-
-
-def _log_beta(a: float, b: float) -> float:
-    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+        log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+        log_density = (a - 1) * z.log() + (b - 1) * torch.log1p(-z) - log_beta
+        return grad * log_density.exp().clamp(1e-3, 100).to(grad.dtype), None, None
 
 
 def _incomplete_beta(x: Tensor, a: Tensor, b: Tensor, steps: int = 64) -> Tensor:
