@@ -1,4 +1,4 @@
-# CamVid, 11 classes: see tools/dataset_converters/camvid.py. CAMVID names the folder if it is not data/camvid.
+# CamVid, 11 classes, as tools/dataset_converters/camvid.py writes it. CAMVID names the folder if it is not data/camvid.
 # Validation is one clip that lies between the training frames: report test.
 _base_ = './toy_scenes.py'
 data_root = '{{$CAMVID:data/camvid}}'

@@ -1,0 +1,58 @@
+"""Looking at the tokens of a running model, from outside."""
+
+from contextlib import contextmanager
+from typing import Dict, Iterator, List
+
+from torch import Tensor, nn
+
+from .backbone import MSViT
+from .gate_losses import region_purity
+from .tokens import TokenBatch
+
+
+def find_msvit(model: nn.Module) -> MSViT:
+    """The one MSViT of a model.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    found = [module for module in model.modules() if isinstance(module, MSViT)]
+    if len(found) != 1:
+        raise ValueError(f'the model must have one MSViT backbone, got {len(found)}')
+    return found[0]
+
+
+@contextmanager
+def record_tokens(model: nn.Module) -> Iterator[List[TokenBatch]]:
+    """A list that fills with the TokenBatch of each forward pass inside the ``with`` block.
+
+    Slide inference and test-time augmentation make several of them for an image.
+    """
+    seen: List[TokenBatch] = []
+    handle = find_msvit(model).select.register_forward_hook(lambda module, args, tokens: seen.append(tokens))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def coarse_by_purity(tokens: TokenBatch, labels: Tensor, region: int, purity: float = 0.95) -> Dict[str, int]:
+    """Counts regions, and coarse ones among them, by whether their labelled pixels are of one class.
+
+    Args:
+        tokens: of a batch.
+        labels: (B, H, W) ground truth at the size of the images that the backbone saw.
+        region: pixels along a region's side.
+        purity: a region is uniform if at least this share of its labelled pixels is of one class, else mixed.
+
+    Returns:
+        ``uniform``, ``uniform_coarse``, ``mixed`` and ``mixed_coarse``; regions without labels count nowhere.
+    """
+    share, labelled = region_purity(labels, tokens.coarse.shape[1:], region)
+    uniform, mixed = labelled & (share >= purity), labelled & (share < purity)
+    return dict(
+        uniform=int(uniform.sum()),
+        uniform_coarse=int((uniform & tokens.coarse).sum()),
+        mixed=int(mixed.sum()),
+        mixed_coarse=int((mixed & tokens.coarse).sum()),
+    )

@@ -1,0 +1,109 @@
+"""Pictures of what the gate does."""
+
+from typing import Optional, Sequence, Tuple
+
+import cv2
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# A panel is at least so many pixels wide, so that the cells of a small image can be told apart.
+PANEL_PIXELS = 480
+LINE = (255, 255, 255)
+
+
+def draw_tokens(image: np.ndarray, coarse: np.ndarray, grid: Tuple[int, int], patch: int, side: int) -> np.ndarray:
+    """Draws the squares of the active tokens over an image, coarse ones dimmed and as the model sees them: blurred.
+
+    Args:
+        image: (H, W, 3) uint8.
+        coarse: (hc, wc) bool.
+        grid: (h, w) fine cells.
+        patch: pixels along a cell's side.
+        side: cells along a region's side.
+
+    Returns:
+        (s * H, s * W, 3) uint8, s the smallest whole factor that makes the image at least PANEL_PIXELS wide.
+    """
+    height, width = image.shape[:2]
+    scale = max(1, -(-PANEL_PIXELS // width))
+    whole = [(0, coarse.shape[i] * patch * side - image.shape[i]) for i in (0, 1)]
+    padded = np.pad(image, (*whole, (0, 0)), mode='edge')
+    blurred = cv2.resize(padded, None, fx=1 / side, fy=1 / side, interpolation=cv2.INTER_AREA)
+    blurred = cv2.resize(blurred, padded.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    mask = np.kron(coarse, np.ones((patch * side,) * 2, bool))
+    canvas = np.where(mask[..., None], blurred // 2, padded)[:height, :width]
+    canvas = cv2.resize(canvas, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
+
+    step = patch * scale
+    for y in range(grid[0]):
+        for x in range(grid[1]):
+            if not coarse[y // side, x // side]:
+                cv2.rectangle(canvas, (x * step, y * step), ((x + 1) * step, (y + 1) * step), LINE, 1)
+    for y, x in zip(*coarse.nonzero()):
+        corner = x * step * side, y * step * side
+        cv2.rectangle(canvas, corner, (corner[0] + step * side, corner[1] + step * side), LINE, 1)
+    return canvas
+
+
+def paint_classes(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
+    """Class ids (H, W) to colours (H, W, 3) uint8; ids beyond the palette, such as 255, are black."""
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(palette)] = palette
+    return table[labels]
+
+
+def token_figure(
+    image: np.ndarray,
+    coarse: np.ndarray,
+    probability: np.ndarray,
+    grid: Tuple[int, int],
+    patch: int,
+    side: int,
+    palette: Sequence[Sequence[int]] = (),
+    prediction: Optional[np.ndarray] = None,
+    truth: Optional[np.ndarray] = None,
+) -> np.ndarray:
+    """Image, token grid, the gate's probability, prediction and truth side by side.
+
+    Args:
+        image: (H, W, 3) uint8 RGB, as the backbone saw it.
+        coarse: (hc, wc) bool.
+        probability: (hc, wc) of coarse.
+        grid: (h, w) fine cells.
+        patch: pixels along a cell's side.
+        side: cells along a region's side.
+        palette: colours of the classes.
+        prediction: (H, W) class ids, or None.
+        truth: (H, W) class ids, or None.
+
+    Returns:
+        (height, width, 3) uint8 RGB.
+    """
+    tokens = int(coarse.sum() + (~np.kron(coarse, np.ones((side, side), bool)))[: grid[0], : grid[1]].sum())
+    dense = grid[0] * grid[1]
+    panels = [
+        ('image', image),
+        (f'{tokens} tokens of {dense}', draw_tokens(image, coarse, grid, patch, side)),
+        ('probability of coarse', probability),
+    ]
+    for name, labels in (('prediction', prediction), ('truth', truth)):
+        if labels is not None:
+            panels.append((name, paint_classes(labels, palette)))
+    height, width = image.shape[:2]
+    panel = max(PANEL_PIXELS, width) / 100  # inches at 100 dots per inch
+    figure = Figure(figsize=(panel * len(panels), panel * height / width + 0.4), dpi=100, layout='constrained')
+    for axes, (title, picture) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        extent = (0, width, height, 0)
+        if picture.ndim == 2:
+            whole = (0, picture.shape[1] * patch * side, picture.shape[0] * patch * side, 0)
+            drawn = axes.imshow(picture, vmin=0, vmax=1, cmap='viridis', extent=whole, interpolation='nearest')
+            axes.set(xlim=extent[:2], ylim=extent[2:])
+            figure.colorbar(drawn, ax=axes, shrink=0.8)
+        else:
+            axes.imshow(picture, extent=extent, interpolation='antialiased')
+        axes.set_title(title, fontsize=14)
+        axes.set_axis_off()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The whole test suite in the project's environment: at most 15 minutes on 2 cores.
+#
+#   bash tools/run_tests.sh [arguments of pytest]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash tools/setup_env.sh
+source .venv/bin/activate
+ruff check .
+ruff format --check .
+python -m pytest "$@"
