@@ -4,6 +4,7 @@ The way of an image: ``gate`` gives a logit for each region, ``select`` turns lo
 ``embed`` makes the tokens, the blocks run over the pack, and ``TokenBatch.to_grid`` puts them back on the dense grid.
 """
 
+import pickle
 from typing import Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -99,11 +100,23 @@ class MSViT(VisionTransformer):
         return any(p.requires_grad for p in self.gate.parameters())
 
     def init_weights(self) -> None:
-        """As mmseg's ViT; a gate, and the detail of the coarse embedding, keep their own first values."""
-        super().init_weights()
+        """As mmseg's ViT; a gate, and the detail of the coarse embedding, keep their own first values.
+
+        Raises:
+            ValueError: the checkpoint that ``init_cfg`` names cannot be read.
+        """
         if not (isinstance(self.init_cfg, dict) and self.init_cfg['type'].startswith('Pretrained')):
+            super().init_weights()
             self.gate.init_weights()
             self._init_detail()
+            return
+        try:
+            super().init_weights()
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            path = self.init_cfg['checkpoint']
+            raise ValueError(
+                f'init_cfg: wanted a whole checkpoint, got {path}, which cannot be read: {error}'
+            ) from error
 
     def _init_detail(self) -> None:
         if self.coarse_detail is not None:

@@ -4,7 +4,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmseg.registry import HOOKS
 
-from .backbone import MSViT
+from .inspection import find_msvit
 
 
 @HOOKS.register_module()
@@ -17,10 +17,7 @@ class GateLossHook(Hook):
 
     def before_train(self, runner) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        backbones = [m for m in model.modules() if isinstance(m, MSViT)]
-        if len(backbones) != 1:
-            raise ValueError(f'GateLossHook: the model must have one MSViT backbone, got {len(backbones)}')
-        backbone = backbones[0]
+        backbone = find_msvit(model)
 
         def add_gate_losses(module, args, kwargs, output):
             if kwargs.get('mode') != 'loss':

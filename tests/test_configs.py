@@ -1,0 +1,101 @@
+"""Every config of the project loads, builds and makes one training step; the real images go through the pipelines."""
+
+import pytest
+import torch
+from conftest import ROOT, sample
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmseg.registry import DATASETS, MODELS
+
+from mmseg_msvit.inspection import find_msvit
+
+CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'configs').rglob('*.py') if '_base_' not in path.parts)
+SWAPS = [name for name in CONFIGS if 'msvit' in name]
+
+
+def load(name):
+    config = Config.fromfile(ROOT / name)
+    config.model.pretrained = None
+    return config
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_builds_and_makes_a_step(name):
+    config = load(name)
+    config.model.backbone.num_layers = min(config.model.backbone.get('num_layers', 12), 12)
+    model = MODELS.build(config.model)
+    model.init_weights()
+    model.train()
+    classes = config.model.decode_head.num_classes
+    samples = [sample(torch.randint(0, classes, (96, 64))) for _ in range(2)]
+    losses = model(torch.randn(2, 3, 96, 64), samples, mode='loss')
+    if name in SWAPS:
+        gate = find_msvit(model).pop_gate_losses(samples)
+        assert any('loss' in key for key in gate)
+        losses.update(gate)
+    total, _ = model.parse_losses(losses)
+    total.backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+
+
+@pytest.mark.parametrize('name', SWAPS)
+def test_opens_with_its_command_and_is_thin(name):
+    lines = (ROOT / name).read_text().splitlines()
+    assert any(line.startswith('#   mim train mmsegmentation') for line in lines[:6]) and name in '\n'.join(lines[:6])
+    assert len(lines) <= 25
+    config = load(name)
+    assert config.default_scope == 'mmseg' and config.custom_imports['imports'] == ['mmseg_msvit']
+    assert [hook['type'] for hook in config.custom_hooks] == ['GateLossHook']
+
+
+@pytest.mark.parametrize('name', [n for n in SWAPS if 'ade20k' not in n])
+def test_swap_changes_the_backbone_alone(name):
+    ours, twin = load(name).model, load(name.replace('msvit', 'vit')).model
+    assert twin.backbone.type == 'VisionTransformer' and twin.backbone.patch_bias is True
+    for key, value in twin.backbone.items():
+        assert key == 'type' or ours.backbone[key] == value
+    assert {k: v for k, v in ours.items() if k != 'backbone'} == {k: v for k, v in twin.items() if k != 'backbone'}
+
+
+def real(config, split, root):
+    dataset = config[f'{split}_dataloader'].dataset
+    dataset.data_root = str(root)
+    return DATASETS.build(dataset)
+
+
+def test_camvid_images(shared):
+    root = shared('data/camvid')
+    config = load('configs/camvid/segmenter_msvit-mini_mask_1xb8-4k_camvid-256x256.py')
+    sizes = {split: len(real(config, split, root)) for split in ('train', 'val', 'test')}
+    assert sizes == dict(train=367, val=101, test=233)
+    model = MODELS.build(config.model).eval()
+    test = real(config, 'test', root)
+    with torch.no_grad():
+        (result,) = model.test_step(pseudo_collate([test[0]]))
+    assert result.pred_sem_seg.data.shape == (1, 360, 480)  # 360 is no multiple of 16
+    train = real(config, 'train', root)
+    torch.manual_seed(0)
+    batch = model.data_preprocessor(pseudo_collate([train[0], train[1]]), training=True)
+    losses = model.train()(**batch, mode='loss')
+    losses.update(find_msvit(model).pop_gate_losses(batch['data_samples']))
+    assert all(value.isfinite().all() for value in losses.values())
+
+
+def test_camvid_folder_by_environment(monkeypatch):
+    monkeypatch.setenv('CAMVID', '/somewhere/else')
+    config = load('configs/camvid/upernet_msvit-mini_1xb8-4k_camvid-256x256.py')
+    for split in ('train', 'val', 'test'):
+        assert config[f'{split}_dataloader'].dataset.data_root == '/somewhere/else'
+
+
+def test_ade20k_images(shared):
+    root = shared('data/ade20k_samples')
+    config = load('configs/ade20k/segmenter_msvit-t_mask_8xb1-160k_ade20k-512x512.py')
+    dataset = real(config, 'test', root)
+    assert len(dataset) == 3
+    model = MODELS.build(config.model).eval()
+    with torch.no_grad():
+        (result,) = model.test_step(pseudo_collate([dataset[0]]))
+    assert result.pred_sem_seg.data.shape[1:] == result.ori_shape == result.gt_sem_seg.data.shape[1:]
+    assert result.gt_sem_seg.data.unique().max() <= 255 and 255 in result.gt_sem_seg.data  # reduce_zero_label
