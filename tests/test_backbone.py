@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import SMALL, build_msvit, randomize
+from conftest import SMALL, build_msvit, force_logits, randomize
 from mmseg.models.backbones import VisionTransformer
 from mmseg.registry import MODELS
 
@@ -23,11 +23,6 @@ def watch_tokens(model):
     seen = []
     model.select.register_forward_hook(lambda module, args, tokens: seen.append(tokens))
     return seen
-
-
-def force_logits(model, logits):
-    """Makes a learned gate answer these logits (B, hc, wc), and keeps its parameters in the graph."""
-    model.gate.register_forward_hook(lambda module, args, out: logits.to(out.dtype) + out - out.detach())
 
 
 @pytest.mark.parametrize('size', SIZES)

@@ -18,7 +18,7 @@ def tutorial(tmp_path):
         for folder in (split, f'{split}annot'):
             (source / folder).mkdir(parents=True)
         for name in ('0001TP_1', '0001TP_2'):
-            image = cv2.resize(rng.integers(0, 256, (9, 12, 3), np.uint8), (48, 36))
+            image = cv2.resize(rng.integers(0, 256, (2, 3, 3), np.uint8), (48, 36))
             cv2.imwrite(str(source / split / f'{name}.png'), image)
             cv2.imwrite(str(source / f'{split}annot' / f'{name}.png'), rng.integers(0, 12, (36, 48), np.uint8))
     return source

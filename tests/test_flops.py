@@ -1,0 +1,56 @@
+import pytest
+import torch
+from conftest import build_msvit, force_logits
+from mmseg.models.backbones import VisionTransformer
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmseg_msvit import backbone as backbone_module
+from mmseg_msvit.attention import attend_reference
+from mmseg_msvit.flops import batch_macs, dense_macs, encoder_macs
+from mmseg_msvit.inspection import record_tokens
+
+
+def counted(function):
+    """MACs of a call, operator by operator."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        function()
+    return counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize(
+    'options',
+    [{}, dict(coarse_embed='resize+detail'), dict(with_cls_token=False, qkv_bias=False, num_fcs=3, mlp_ratio=2)],
+)
+@pytest.mark.parametrize('size', [(64, 64), (70, 100)])
+def test_macs_are_those_of_the_operators(options, size, monkeypatch):
+    # Fused attention counts zero on CPU: the plain form of the same thing does not.
+    monkeypatch.setattr(backbone_module, 'attend', attend_reference)
+    model = build_msvit(**options)
+    gate = counted(lambda: model.gate(torch.randn(1, 3, 64, 64), (2, 2))) / 4  # a region's
+    force_logits(model, torch.randn(3, -(-size[0] // 32), -(-size[1] // 32)))
+    images = torch.randn(3, 3, *size)
+    with record_tokens(model) as seen:
+        total = counted(lambda: model(images))
+    parts = batch_macs(model, seen[0])
+    assert sum(sum(part.values()) for part in parts) == pytest.approx(total, rel=1e-3)
+    assert len({part['encoder'] for part in parts}) > 1
+    assert gate * seen[0].coarse[0].numel() == pytest.approx(parts[0]['gate'], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    'width, heads, tokens, gmacs', [(192, 3, 1024, 10.4), (384, 6, 1024, 31.7), (192, 3, 655, 5.6), (384, 6, 684, 19.1)]
+)
+def test_the_papers_numbers(width, heads, tokens, gmacs):
+    vit = VisionTransformer(img_size=512, embed_dims=width, num_heads=heads)
+    embedding = dense_macs(vit, (32, 32))['embedding']
+    assert (encoder_macs(vit.layers, tokens) + embedding) / 1e9 == pytest.approx(gmacs, rel=0.01)
+
+
+def test_dense_macs_are_those_of_the_operators():
+    vit = VisionTransformer(img_size=64, embed_dims=32, num_layers=2, num_heads=2)
+    for module in vit.modules():  # train mode keeps torch's attention on the path that the counter sees
+        if isinstance(module, nn.MultiheadAttention):
+            module.train()
+    macs = dense_macs(vit, (4, 4))
+    assert sum(macs.values()) == pytest.approx(counted(lambda: vit(torch.randn(1, 3, 64, 64))), rel=1e-3)
