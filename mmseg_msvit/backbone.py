@@ -246,9 +246,12 @@ def block(layer: nn.Module, x: Tensor, tokens: TokenBatch, image: Optional[Tenso
     attention = layer.attn.attn
     qkv = F.linear(layer.norm1(x), attention.in_proj_weight, attention.in_proj_bias)  # (N, 3 * C)
     qkv = qkv.unflatten(1, (3, attention.num_heads, -1))  # (N, 3, heads, d)
-    attend_by = attend_reference if tokens.masked and train_tokens == 'all' else attend
+    weight = tokens.weight if tokens.masked else None
     dropout = attention.dropout if layer.training else 0.0
-    out = attend_by(qkv, tokens.lengths, tokens.weight if tokens.masked else None, dropout)  # (N, heads, d)
+    if weight is not None and train_tokens == 'all':
+        out = attend_reference(qkv, tokens.lengths, weight, dropout)  # (N, heads, d)
+    else:
+        out = attend(qkv, tokens.lengths, weight, dropout, tokens.cu_seqlens)  # (N, heads, d)
     x = x + layer.attn.proj_drop(attention.out_proj(out.flatten(1)))
     branch = layer.ffn.layers(layer.norm2(x))  # (N, C)
     depth = layer.ffn.dropout_layer
