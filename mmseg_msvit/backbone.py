@@ -4,18 +4,19 @@ The way of an image: ``gate`` gives a logit for each region, ``select`` turns lo
 ``embed`` makes the tokens, the blocks run over the pack, and ``TokenBatch.to_grid`` puts them back on the dense grid.
 """
 
-import pickle
 from typing import Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
+from mmengine.logging import print_log
 from mmseg.models.backbones import VisionTransformer
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import attend, attend_reference, drop_path
+from .checkpoint import fit, read_checkpoint, resample_positions, unwrap
 from .embedding import Grid, pad_to_regions, patchify, position_tables
 from .gate_losses import GateLoss
 from .gates import Gate
@@ -91,6 +92,7 @@ class MSViT(VisionTransformer):
         if coarse_embed == 'resize+detail':
             self.coarse_detail = nn.Conv2d(self.embed_dims, self.embed_dims, self.side, self.side)
             self._init_detail()
+        self.register_load_state_dict_pre_hook(MSViT._resample_loaded_positions)
         # The one slot between a training forward and its gate losses; pop_gate_losses empties it.
         self._gated: Optional[TokenBatch] = None
 
@@ -102,21 +104,27 @@ class MSViT(VisionTransformer):
     def init_weights(self) -> None:
         """As mmseg's ViT; a gate, and the detail of the coarse embedding, keep their own first values.
 
+        A checkpoint that ``init_cfg`` or ``pretrained`` names may be of any layout that :mod:`.checkpoint` knows; the
+        log says what was made of it.
+
         Raises:
-            ValueError: the checkpoint that ``init_cfg`` names cannot be read.
+            ValueError: the checkpoint cannot be read, or is not of this architecture.
         """
-        if not (isinstance(self.init_cfg, dict) and self.init_cfg['type'].startswith('Pretrained')):
+        if isinstance(self.init_cfg, dict) and self.init_cfg['type'].startswith('Pretrained'):
+            tensors, report = fit(self, unwrap(read_checkpoint(self.init_cfg['checkpoint'])))
+            self.load_state_dict(tensors, strict=False)
+            print_log(f'{self.init_cfg["checkpoint"]}: {report}', logger='current')
+        else:
             super().init_weights()
             self.gate.init_weights()
             self._init_detail()
-            return
-        try:
-            super().init_weights()
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            path = self.init_cfg['checkpoint']
-            raise ValueError(
-                f'init_cfg: wanted a whole checkpoint, got {path}, which cannot be read: {error}'
-            ) from error
+
+    def _resample_loaded_positions(self, state_dict: dict, prefix: str, *args) -> None:
+        """Before any ``load_state_dict``: a position table of another grid is resampled to this one's."""
+        source = state_dict.get(prefix + 'pos_embed')
+        if source is not None and source.shape != self.pos_embed.shape and source.shape[2] == self.pos_embed.shape[2]:
+            state_dict[prefix + 'pos_embed'], how = resample_positions(source, self.table, self.interpolate_mode)
+            print_log(f'{prefix}pos_embed resampled: {how}', logger='current')
 
     def _init_detail(self) -> None:
         if self.coarse_detail is not None:

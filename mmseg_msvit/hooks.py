@@ -1,9 +1,11 @@
 """Hooks: the gate's losses into the training of any segmentor."""
 
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmseg.registry import HOOKS
 
+from .checkpoint import fit, unwrap
 from .inspection import find_msvit
 
 
@@ -13,7 +15,20 @@ class GateLossHook(Hook):
 
     They appear as ``gate.loss_*``; ``gate.coarse_fraction`` and ``gate.tokens`` (active tokens of an image, a batch's
     mean) are logged beside them. It is a forward hook on the model, there from ``before_train`` to ``after_train``.
+
+    It also lets ``load_from`` name a plain ViT of another layout, such as timm's or the official Segmenter's: mmengine
+    tells nobody but hooks about a checkpoint before it is loaded.
     """
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        (name,) = (name for name, module in model.named_modules() if module is find_msvit(model))
+        tensors = unwrap(checkpoint)
+        if any(key.startswith(f'{name}.') for key in tensors):
+            return  # a segmentor with a backbone of mmseg's names
+        fitted, report = fit(find_msvit(model), tensors)
+        print_log(f'load_from: {report}', logger='current')
+        checkpoint['state_dict'] = {f'{name}.{key}': value for key, value in fitted.items()}
 
     def before_train(self, runner) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model

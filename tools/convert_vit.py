@@ -1,0 +1,31 @@
+"""Writes any plain ViT's weights with the names that mmseg's ViT and MSViT use.
+
+    python tools/convert_vit.py SRC DST
+
+SRC may be of timm, DeiT, DINO, MAE, CLIP's image tower, the official Segmenter, mmpretrain, mmseg (.pth, .safetensors)
+or AugReg (.npz). MSViT reads all of these itself; this is for mmseg's own ViT, and for looking at a checkpoint.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from mmseg_msvit.checkpoint import read_checkpoint, rename, unwrap
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('src')
+    parser.add_argument('dst', type=Path)
+    args = parser.parse_args()
+    layout, tensors, others = rename(unwrap(read_checkpoint(args.src)))
+    unfinished = args.dst.with_name(args.dst.name + '.unfinished')
+    torch.save(tensors, unfinished)
+    os.replace(unfinished, args.dst)
+    print(f'{args.dst}: {len(tensors)} tensors from the layout of {layout}; {len(others)} are not of the ViT')
+
+
+if __name__ == '__main__':
+    main()
