@@ -9,6 +9,7 @@ from .gate_losses import (
 )
 from .gates import FixedGate, MLPGate, RandomGate, VarianceGate
 from .hooks import GateLossHook
+from .optim import MSViTLayerDecayConstructor
 
 __version__ = '0.1.0'
 
@@ -19,6 +20,7 @@ __all__ = [
     'GeneralizedBatchShapingLoss',
     'MLPGate',
     'MSViT',
+    'MSViTLayerDecayConstructor',
     'PurityLoss',
     'RandomGate',
     'TokenBudgetLoss',

@@ -114,6 +114,8 @@ class MSViT(VisionTransformer):
             tensors, report = fit(self, unwrap(read_checkpoint(self.init_cfg['checkpoint'])))
             self.load_state_dict(tensors, strict=False)
             print_log(f'{self.init_cfg["checkpoint"]}: {report}', logger='current')
+            if self.gate.init_cfg is not None:  # a gate of its own takes precedence
+                self.gate.init_weights()
         else:
             super().init_weights()
             self.gate.init_weights()

@@ -14,6 +14,7 @@ from mmengine.model.weight_init import trunc_normal_
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from .checkpoint import read_checkpoint, unwrap
 from .embedding import patchify
 
 # A decided gate's logit: sigmoid(20) is 1 - 2e-9, so that it is beyond any threshold that one would set.
@@ -80,9 +81,11 @@ class MLPGate(Gate):
 
     Args:
         init_coarse: the probability of coarse that every region starts with.
+        frozen: whether the gate keeps its weights, as the paper's segmentation models do with a gate learned on
+            ImageNet. Its weights come by ``init_cfg=dict(type='Pretrained', checkpoint=..., prefix='backbone.gate.')``.
     """
 
-    def __init__(self, *args, init_coarse: float = 0.9, **kwargs):
+    def __init__(self, *args, init_coarse: float = 0.9, frozen: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         if not 0 < init_coarse < 1 or abs(math.log(init_coarse / (1 - init_coarse))) > MAX_FIRST_LOGIT:
             low = 1 / (1 + math.exp(MAX_FIRST_LOGIT))
@@ -95,9 +98,33 @@ class MLPGate(Gate):
         for out in (width, width, 1):
             layers += [nn.LayerNorm(width), nn.GELU(), nn.Linear(width, out)]
         self.mlp = nn.Sequential(*layers)
-        self.init_weights()
+        self.reset_parameters()
+        self.requires_grad_(not frozen)
 
     def init_weights(self) -> None:
+        """Weights of ``init_cfg``'s checkpoint, if there is one, with its positions resampled; else first values.
+
+        Raises:
+            ValueError: the checkpoint has no gate below the prefix, or one of another shape.
+        """
+        self.reset_parameters()
+        if self.init_cfg is None:
+            return
+        path, prefix = self.init_cfg['checkpoint'], self.init_cfg.get('prefix', '')
+        tensors = unwrap(read_checkpoint(path))
+        weights = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        own = self.state_dict()
+        if 'pos_embed' in weights and weights['pos_embed'].ndim == 4:
+            weights['pos_embed'] = self._at(weights['pos_embed'], self.grid)
+        wrong = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
+        if wrong:
+            raise ValueError(
+                f'gate.init_cfg: wanted the gate below prefix {prefix!r} of {path}, missing or of another '
+                f'shape there: {", ".join(wrong[:4])}'
+            )
+        self.load_state_dict({name: weights[name] for name in own})
+
+    def reset_parameters(self) -> None:
         """Small normal weights; a last layer that answers ``init_coarse`` everywhere."""
         trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
@@ -112,11 +139,15 @@ class MLPGate(Gate):
     def forward(self, images: Tensor, grid: Tuple[int, int]) -> Tensor:
         with torch.autocast(images.device.type, enabled=False):
             pixels = self.pixels(images, grid).to(self.embed.weight.dtype)  # (B, hc, wc, C * R * R)
-            position = self.pos_embed
-            if tuple(grid) != self.grid:
-                position = F.interpolate(position, size=tuple(grid), mode='bilinear', align_corners=False)
-            x = self.embed(pixels) + position.permute(0, 2, 3, 1)  # (B, hc, wc, width)
+            x = self.embed(pixels) + self._at(self.pos_embed, grid).permute(0, 2, 3, 1)  # (B, hc, wc, width)
             return self.mlp(x).squeeze(-1).float()  # (B, hc, wc)
+
+    @staticmethod
+    def _at(position: Tensor, grid: Tuple[int, int]) -> Tensor:
+        """A position embedding (1, width, gh, gw) on another region grid."""
+        if tuple(position.shape[2:]) == tuple(grid):
+            return position
+        return F.interpolate(position, size=tuple(grid), mode='bilinear', align_corners=False)
 
 
 @MODELS.register_module()

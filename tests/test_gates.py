@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import SMALL, build_msvit
 from mmseg.registry import MODELS
 
 SHAPE = dict(in_channels=3, region=8, grid=(4, 4), embed_dims=16)
@@ -74,3 +75,29 @@ def test_bad_arguments(kind, kwargs, message):
 def test_region_grid_beyond_the_image():
     with pytest.raises(ValueError, match=r'grid \(5, 4\) of 8-pixel regions wants images of .* got \(3, 32, 32\)'):
         build('MLPGate')(images(), (5, 4))
+
+
+def test_frozen_gate_from_a_segmentors_checkpoint(tmp_path):
+    """The gate of a segmentor trained at 64 px, in a backbone for 128 px."""
+    learned = build_msvit(gate=dict(type='MLPGate'))
+    torch.save({'state_dict': {f'backbone.{k}': v for k, v in learned.state_dict().items()}}, tmp_path / 'a.pth')
+    source = dict(type='Pretrained', checkpoint=str(tmp_path / 'a.pth'), prefix='backbone.gate.')
+    gate = dict(type='MLPGate', frozen=True, init_cfg=source)
+    model = MODELS.build(dict(type='MSViT', gate=gate, **SMALL))
+    model.init_weights()
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model.gate(x, (2, 2)), learned.gate(x, (2, 2)))
+    assert not model.gate_learns and len(model.gate_losses) == 0
+    larger = MODELS.build(dict(type='MSViT', gate=gate, **{**SMALL, 'img_size': 128}))
+    larger.init_weights()
+    assert torch.equal(larger.gate.embed.weight, learned.gate.embed.weight) and larger.gate.pos_embed.shape[2:] == (
+        4,
+        4,
+    )
+
+
+def test_a_checkpoint_without_the_gate_is_refused(tmp_path):
+    torch.save({'backbone.gate.embed.weight': torch.zeros(2, 2)}, tmp_path / 'a.pth')
+    source = dict(type='Pretrained', checkpoint=str(tmp_path / 'a.pth'), prefix='backbone.gate.')
+    with pytest.raises(ValueError, match="gate.init_cfg: wanted the gate below prefix 'backbone.gate.' .* pos_embed"):
+        build('MLPGate', init_cfg=source).init_weights()

@@ -1,0 +1,62 @@
+import pytest
+from conftest import SMALL
+from mmengine.config import ConfigDict
+from mmengine.optim import build_optim_wrapper
+from mmseg.registry import MODELS
+
+
+def groups(**options):
+    model = MODELS.build(
+        dict(
+            type='EncoderDecoder',
+            backbone=dict(type='MSViT', coarse_embed='resize+detail', **SMALL),
+            decode_head=dict(type='FCNHead', in_channels=32, channels=8, num_classes=4, num_convs=1, in_index=1),
+        )
+    )
+    wrapper = build_optim_wrapper(
+        model,
+        ConfigDict(
+            type='OptimWrapper',
+            constructor='MSViTLayerDecayConstructor',
+            optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.1),
+            paramwise_cfg=options,
+        ),
+    )
+    group = {id(p): g for g in wrapper.optimizer.param_groups for p in g['params']}
+    return {name: group[id(p)] for name, p in model.named_parameters()}
+
+
+def test_rates_fall_towards_the_image_and_the_gate_has_its_own():
+    found = groups(layer_decay=0.5, gate_lr_mult=10)
+    wanted = {
+        'decode_head.conv_seg.weight': 1e-3,
+        'backbone.ln1.weight': 1e-3,
+        'backbone.layers.2.ffn.layers.1.weight': 0.5e-3,
+        'backbone.layers.0.attn.attn.in_proj_weight': 0.125e-3,
+        'backbone.patch_embed.projection.weight': 0.0625e-3,
+        'backbone.pos_embed': 0.0625e-3,
+        'backbone.coarse_detail.weight': 0.0625e-3,
+        'backbone.gate.embed.weight': 1e-2,
+        'backbone.gate.pos_embed': 1e-2,
+        'backbone.gate_losses.0.prior_mean_logit': 1e-2,
+    }
+    assert {name: found[name]['lr'] for name in wanted} == pytest.approx(wanted)
+
+
+def test_what_is_not_decayed():
+    found = groups()
+    still = {name for name, group in found.items() if group['weight_decay'] == 0}
+    assert {'backbone.pos_embed', 'backbone.cls_token', 'backbone.gate.pos_embed', 'backbone.ln1.weight'} <= still
+    assert {name for name in found if 'gate_losses' in name} <= still
+    assert not any(
+        name.endswith('.weight') and 'ln' not in name and found[name]['params'][0].ndim > 1 for name in still
+    )
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(layer_decay=0.0), r'layer_decay must be in \(0, 1\], got 0.0'),
+    (dict(decay_rate=0.5), r"wanted layer_decay and gate_lr_mult, got also \['decay_rate'\]"),
+])  # fmt: skip
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        groups(**options)
