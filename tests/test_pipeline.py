@@ -16,7 +16,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmseg.apis import MMSegInferencer, inference_model, init_model
 
-CONFIG = 'configs/toy/segmenter_msvit-mini_mask_1xb8-500_toy-scenes-256x256.py'
+CONFIG = 'configs/toy/segmenter_msvit-mini_mask_1xb8-400_toy-scenes-256x256.py'
 
 
 def run(*command, cwd=ROOT, **env):

@@ -10,7 +10,7 @@ bash tools/setup_env.sh
 source .venv/bin/activate
 export PYTHONUNBUFFERED=1
 
-config=configs/toy/segmenter_msvit-mini_mask_1xb8-500_toy-scenes-256x256.py
+config=configs/toy/segmenter_msvit-mini_mask_1xb8-400_toy-scenes-256x256.py
 work=work_dirs/quickstart
 say() { printf '\n[quickstart %3ds] %s\n' "$SECONDS" "$*"; }
 SECONDS=0
@@ -30,19 +30,19 @@ say "1/5 the data set: scenes of 256x256 pixels with 7 classes (half a minute)"
 unset TOY_SCENES
 python tools/dataset_converters/toy_scenes.py data/toy_scenes
 
-say "2/5 training: 500 steps of a ViT with 6 layers of width 128 (2 to 4 minutes)"
+say "2/5 training: 400 steps of a ViT with 6 layers of width 128 (2 to 4 minutes)"
 rm -rf "$work"
 mkdir -p "$work"
 logged "$work/train.log" mim train mmsegmentation "$config" --work-dir "$work" --yes
 
 say "3/5 testing the checkpoint"
-logged "$work/test.log" mim test mmsegmentation "$config" --checkpoint "$work/iter_500.pth" --work-dir "$work/test" --yes
+logged "$work/test.log" mim test mmsegmentation "$config" --checkpoint "$work/iter_400.pth" --work-dir "$work/test" --yes
 
 say "4/5 what the gate does"
-python -W ignore tools/analyze_gate.py "$config" "$work/iter_500.pth" --out "$work/gate.json" | tee "$work/gate.log"
+python -W ignore tools/analyze_gate.py "$config" "$work/iter_400.pth" --out "$work/gate.json" | tee "$work/gate.log"
 
 say "5/5 pictures"
-python -W ignore tools/show_tokens.py "$config" "$work/iter_500.pth" data/toy_scenes/images/val/0003.png \
+python -W ignore tools/show_tokens.py "$config" "$work/iter_400.pth" data/toy_scenes/images/val/0003.png \
   --truth data/toy_scenes/annotations/val --out "$work/pictures"
 
 say "done: labels of the training scenes oriented the gate (PurityLoss), beside batch shaping"

@@ -1,4 +1,4 @@
-_base_ = './adamw_500.py'
+_base_ = './adamw_400.py'
 max_iters = 4000
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, begin=0, end=200, by_epoch=False),
