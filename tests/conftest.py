@@ -11,7 +11,8 @@ from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
-import mmseg_msvit  # noqa: F401  registers
+from mmseg_msvit import backbone
+from mmseg_msvit.attention import attend_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get('MSVIT_SHARED', ROOT.parent / 'shared'))
@@ -56,6 +57,15 @@ def randomize(model, std=0.1):
         for name, parameter in model.named_parameters():
             if 'gate_losses' not in name:
                 parameter.add_(torch.randn_like(parameter), alpha=std)
+
+
+def use_plain_attention(monkeypatch):
+    """Makes every block take the reference in place of the fused attention."""
+
+    def plain(qkv, lengths, weight, dropout, cu_seqlens):
+        return attend_reference(qkv, lengths, weight, dropout)
+
+    monkeypatch.setattr(backbone, 'attend', plain)
 
 
 def force_logits(model, logits):

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import SMALL, build_msvit, force_logits, randomize
+from conftest import SMALL, build_msvit, force_logits, randomize, use_plain_attention
 from mmseg.models.backbones import VisionTransformer
 from mmseg.registry import MODELS
 
@@ -110,7 +110,7 @@ def test_trimmed_has_the_gradients_of_the_plain_attention(options, monkeypatch):
         images = torch.randn(3, 3, 70, 64, dtype=torch.float64)
         force_logits(model, torch.randn(3, 3, 2))
         if plain:
-            monkeypatch.setattr(backbone, 'attend', backbone.attend_reference)
+            use_plain_attention(monkeypatch)
         sum(o.square().sum() for o in model(images)).backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert any(name.startswith('gate.') and g.abs().sum() > 0 for name, g in grads[0].items())
@@ -345,3 +345,12 @@ def test_non_finite_gate_weights():
     model.gate.embed.weight.data.fill_(float('nan'))
     with pytest.raises(FloatingPointError, match='gate logits must be finite'):
         model.train()(torch.zeros(1, 3, 64, 64))
+
+
+def test_torch_compile_gives_the_same():
+    """By tracing alone: the number of tokens depends on the image, so that the graph breaks where they are counted."""
+    model = build_msvit(num_layers=1, out_indices=(0,), **LEARNED)
+    compiled = torch.compile(model, backend='eager')
+    for size in ((64, 64), (64, 96)):
+        images = torch.randn(2, 3, *size)
+        torch.testing.assert_close(compiled(images)[0], model(images)[0], rtol=1e-4, atol=1e-5)

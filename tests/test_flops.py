@@ -1,12 +1,10 @@
 import pytest
 import torch
-from conftest import build_msvit, force_logits
+from conftest import build_msvit, force_logits, use_plain_attention
 from mmseg.models.backbones import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmseg_msvit import backbone as backbone_module
-from mmseg_msvit.attention import attend_reference
 from mmseg_msvit.flops import batch_macs, dense_macs, encoder_macs
 from mmseg_msvit.inspection import record_tokens
 
@@ -25,7 +23,7 @@ def counted(function):
 @pytest.mark.parametrize('size', [(64, 64), (70, 100)])
 def test_macs_are_those_of_the_operators(options, size, monkeypatch):
     # Fused attention counts zero on CPU: the plain form of the same thing does not.
-    monkeypatch.setattr(backbone_module, 'attend', attend_reference)
+    use_plain_attention(monkeypatch)
     model = build_msvit(**options)
     gate = counted(lambda: model.gate(torch.randn(1, 3, 64, 64), (2, 2))) / 4  # a region's
     force_logits(model, torch.randn(3, -(-size[0] // 32), -(-size[1] // 32)))

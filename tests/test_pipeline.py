@@ -154,7 +154,7 @@ def test_truncated_checkpoint(config, checkpoint, tmp_path):
     whole = Path(checkpoint).read_bytes()
     (tmp_path / 'cut.pth').write_bytes(whole[: len(whole) // 2])
     config.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'cut.pth'))
-    with pytest.raises(ValueError, match='init_cfg: wanted a whole checkpoint, got .*cut.pth, which cannot be read'):
+    with pytest.raises(ValueError, match='checkpoint: wanted a whole checkpoint, got .*cut.pth, which cannot be read'):
         build(config).model.init_weights()
 
 
