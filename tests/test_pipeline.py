@@ -201,3 +201,18 @@ def test_scenes_are_deterministic_and_varied(scenes, tmp_path):
     labels = [cv2.imread(str(p), cv2.IMREAD_UNCHANGED) for p in (scenes / 'annotations/train').iterdir()]
     assert labels[0].dtype == np.uint8 and labels[0].shape == (96, 96)
     assert len(np.unique(labels)) >= 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mode', ['test', 'train'])
+def test_benchmark(mode, tmp_path):
+    tool = [sys.executable, '-W', 'ignore', 'tools/benchmark.py', CONFIG, '--against', CONFIG.replace('msvit', 'vit')]
+    options = ['--gate', 'random:0.5', '--size', 64, '--repeat', 2, '--batch', 2, '--device', 'cpu']
+    out = run(*tool, *options, '--mode', mode, '--json', tmp_path / 'a.json')
+    assert f'encoder, {mode}, 64x64, gate random:0.5' in out
+    rows = {row['name']: row for row in json.loads((tmp_path / 'a.json').read_text())['rows']}
+    ours = ['MSViT', 'its gate and tokens', 'all fine'] if mode == 'test' else ['MSViT active', 'MSViT trimmed']
+    assert list(rows) == [*ours, 'dense', 'against']
+    assert rows['dense']['ratio'] == 1 and rows['dense']['tokens'] == 17
+    assert rows[ours[0]]['tokens'] < 17 and rows[ours[0]]['gmacs'] < rows['dense']['gmacs']
+    assert all(row['seconds'] > 0 and row['memory_mib'] > 0 for row in rows.values())
