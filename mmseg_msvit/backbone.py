@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import attend, attend_reference, drop_path
 from .checkpoint import fit, read_checkpoint, resample_positions, unwrap
-from .embedding import Grid, pad_to_regions, patchify, position_tables
+from .embedding import Grid, area_mean, pad_to_regions, patchify, position_tables
 from .gate_losses import GateLoss
 from .gates import Gate
 from .tokens import TokenBatch, TokenSelector, raise_not_finite, region_grid
@@ -173,7 +173,7 @@ class MSViT(VisionTransformer):
             self.pos_embed, self.table, tokens.grid, self.side, self.interpolate_mode
         )
         fine = patchify(images, self.patch_size)  # (B, hc * side, wc * side, P)
-        coarse = patchify(F.avg_pool2d(images, self.side), self.patch_size)  # (B, hc, wc, P)
+        coarse = patchify(area_mean(images, self.side), self.patch_size)  # (B, hc, wc, P)
         patches = torch.cat((coarse.flatten(1, 2), fine[:, :h, :w].flatten(1, 2)), 1)  # (B, hc * wc + h * w, P)
 
         candidates = patches.shape[1] + int(self.with_cls_token)
@@ -184,8 +184,7 @@ class MSViT(VisionTransformer):
             x = self._add_detail(x, fine, tokens.grid, image, patch)
         x = x + torch.cat((*positions, cls_position)).to(x.dtype)[patch]
         if self.with_cls_token:
-            cls = self.cls_token[0] + cls_position  # (1, C)
-            x = torch.where((patch < 0)[:, None], cls.to(x.dtype), x)
+            x[tokens.cu_seqlens[:-1].long()] = (self.cls_token[0] + cls_position).to(x.dtype)  # (1, C)
         x = self.drop_after_pos(x)
         return self.pre_ln(x) if self.pre_norm else x
 

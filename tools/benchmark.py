@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from rich.console import Console
@@ -294,6 +295,7 @@ def main() -> None:
     args = parser.parse_args()
 
     init_default_scope('mmseg')
+    MMLogger.get_instance('benchmark', log_level='WARNING')  # else every tensor's initialisation is printed
     rows = [row for batch in args.batch for row in measure(args, batch)]
     device = (
         torch.cuda.get_device_name() if args.device.startswith('cuda') else f'{torch.get_num_threads()} CPU threads'
