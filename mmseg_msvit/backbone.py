@@ -284,4 +284,4 @@ def _build(argument: str, cfg: dict, base: type, **shape) -> nn.Module:
     if not (isinstance(kind, type) and issubclass(kind, base)):
         known = sorted(c.__name__ for c in MODELS.module_dict.values() if issubclass(c, base) and c is not base)
         raise ValueError(f'{argument} must be a config whose type is one of {known}, got {cfg}')
-    return MODELS.build(dict(**shape, **cfg))
+    return MODELS.build({**shape, **cfg, 'type': kind})  # the class itself, which any default scope finds

@@ -1,4 +1,4 @@
-"""Hooks: the gate's losses into the training of any segmentor."""
+"""Hooks: the gate's losses into the training of any segmentor or classifier."""
 
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
@@ -11,7 +11,7 @@ from .inspection import find_msvit
 
 @HOOKS.register_module()
 class GateLossHook(Hook):
-    """Adds the gate losses of a segmentor's :class:`MSViT` to its losses.
+    """Adds the gate losses of a model's :class:`MSViT` to its losses.
 
     They appear as ``gate.loss_*``; ``gate.coarse_fraction`` and ``gate.tokens`` (active tokens of an image, a batch's
     mean) are logged beside them. It is a forward hook on the model, there from ``before_train`` to ``after_train``.
@@ -24,11 +24,12 @@ class GateLossHook(Hook):
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         (name,) = (name for name, module in model.named_modules() if module is find_msvit(model))
         tensors = unwrap(checkpoint)
-        if any(key.startswith(f'{name}.') for key in tensors):
-            return  # a segmentor with a backbone of mmseg's names
+        if f'{name}.layers.0.attn.attn.in_proj_weight' in tensors:
+            return  # a whole model with a backbone of mmseg's names
         fitted, report = fit(find_msvit(model), tensors)
         print_log(f'load_from: {report}', logger='current')
-        checkpoint['state_dict'] = {f'{name}.{key}': value for key, value in fitted.items()}
+        rest = {key: tensors[key] for key in model.state_dict() if key in tensors and not key.startswith(f'{name}.')}
+        checkpoint['state_dict'] = {**rest, **{f'{name}.{key}': value for key, value in fitted.items()}}
 
     def before_train(self, runner) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
