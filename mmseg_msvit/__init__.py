@@ -1,4 +1,4 @@
-"""MSViT for MMSegmentation. Importing it registers the backbone, gates, gate losses and hooks in mmseg's registries."""
+"""MSViT for MMSegmentation. Importing it registers all that :data:`__all__` names in mmseg's registries."""
 
 from .backbone import MSViT
 from .gate_losses import (
@@ -8,7 +8,8 @@ from .gate_losses import (
     TokenBudgetLoss,
 )
 from .gates import FixedGate, MLPGate, RandomGate, VarianceGate
-from .hooks import GateLossHook
+from .hooks import GateLossHook, TokenMapHook
+from .metrics import TokenMetric
 from .optim import MSViTLayerDecayConstructor
 
 __version__ = '0.1.0'
@@ -24,5 +25,7 @@ __all__ = [
     'PurityLoss',
     'RandomGate',
     'TokenBudgetLoss',
+    'TokenMapHook',
+    'TokenMetric',
     'VarianceGate',
 ]

@@ -4,7 +4,8 @@ The way of an image: ``gate`` gives a logit for each region, ``select`` turns lo
 ``embed`` makes the tokens, the blocks run over the pack, and ``TokenBatch.to_grid`` puts them back on the dense grid.
 """
 
-from typing import Dict, List, Optional, Sequence, Tuple, Union
+from typing import ClassVar, Dict, List, Optional, Sequence, Tuple, Union
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -42,11 +43,17 @@ class MSViT(VisionTransformer):
         coarse_embed: ``'resize'`` embeds the area mean of a region; ``'resize+detail'`` adds a convolution, at first
             zero, of the embeddings of its cells (chosen here, after adaptive patch transformers).
         patch_bias: whether the patch embedding has a bias, as those of timm, DeiT and AugReg have.
+        token_budget: at test time, the mean number of tokens of an image that a batch may have; in place of the gate's
+            threshold, see :class:`TokenSelector`.
         **kwargs: of :class:`mmseg.models.backbones.VisionTransformer`.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
     """
+
+    # Called with (backbone, tokens) at each forward pass of any MSViT in evaluation mode, and held weakly. An
+    # evaluator's metric is built without the model: this is how it sees the tokens.
+    observers: ClassVar[WeakSet] = WeakSet()
 
     def __init__(
         self,
@@ -57,6 +64,7 @@ class MSViT(VisionTransformer):
         train_tokens: str = 'trimmed',
         coarse_embed: str = 'resize',
         patch_bias: bool = True,
+        token_budget: Optional[float] = None,
         **kwargs,
     ):
         super().__init__(*args, patch_bias=patch_bias, **kwargs)
@@ -86,7 +94,7 @@ class MSViT(VisionTransformer):
         if len(set(names)) < len(names):
             raise ValueError(f'gate_loss: each loss needs a loss_name of its own, got {names}')
         self.select = TokenSelector(
-            self.side, train_tokens, self.gate.temperature, self.gate.threshold, self.with_cls_token
+            self.side, train_tokens, self.gate.temperature, self.gate.threshold, self.with_cls_token, token_budget
         )
         self.coarse_detail = None
         if coarse_embed == 'resize+detail':
@@ -145,6 +153,9 @@ class MSViT(VisionTransformer):
         logits = self.gate(images, region_grid(grid, self.side))  # (B, hc, wc)
         tokens = self.select(logits, grid)
         self._gated = tokens if logits.requires_grad and self.training else None
+        if not self.training:
+            for observer in self.observers:
+                observer(self, tokens)
 
         x = self.embed(images, tokens)  # (N, C)
         outputs = [self._output(x, tokens)] if self.out_origin else []

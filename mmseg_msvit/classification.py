@@ -4,11 +4,12 @@ A config imports this module by ``custom_imports=dict(imports=['mmseg_msvit.clas
 alone does without mmpretrain. Gates and gate losses need no second registration: the backbone builds them.
 """
 
-from mmpretrain.registry import HOOKS, MODELS
+from mmpretrain.registry import HOOKS, METRICS, MODELS
 from torch import Tensor
 
 from .backbone import MSViT
 from .hooks import GateLossHook
+from .metrics import TokenMetric
 from .tokens import TokenBatch
 
 
@@ -39,3 +40,4 @@ class ClassificationMSViT(MSViT):
 
 
 HOOKS.register_module(module=GateLossHook)
+METRICS.register_module(module=TokenMetric)

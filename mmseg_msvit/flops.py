@@ -1,13 +1,17 @@
-"""Multiply-accumulates of a backbone as a function of an image's tokens.
+"""Multiply-accumulates of a segmentor, those of its backbone as a function of each image's tokens.
 
 Counted are matrix products: linear layers, convolutions, and both products of the attention. Norms, activations,
 softmax, resizing and the moving of tokens are not, as is usual.
 """
 
-from typing import Dict, Tuple
+from copy import deepcopy
+from typing import Callable, Dict, Tuple
 
+import torch
 from mmseg.models.backbones import VisionTransformer
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from .backbone import MSViT
 from .tokens import TokenBatch, region_grid
@@ -79,3 +83,53 @@ def dense_macs(backbone: VisionTransformer, grid: Tuple[int, int]) -> Dict[str, 
         embedding=cells * backbone.patch_embed.projection.weight.numel(),
         encoder=encoder_macs(backbone.layers, tokens),
     )
+
+
+def operator_macs(function: Callable, *args) -> int:
+    """MACs of the operators that a call executes, attention in its plain form, since fused kernels would count zero."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            function(*args)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return counter.get_total_flops() // 2
+
+
+class HeadMacs:
+    """MACs of a segmentor's neck and decode head, which see the dense grid and cost the same for any tokens.
+
+    Counted on copies without data, once for each grid.
+
+    Args:
+        model: a segmentor, :class:`mmseg.models.EncoderDecoder`.
+
+    Raises:
+        ValueError: the model has no single decode head.
+    """
+
+    def __init__(self, model: nn.Module):
+        head = getattr(model, 'decode_head', None)
+        if not hasattr(head, 'forward') or isinstance(head, nn.ModuleList):
+            raise ValueError(f'the model must be a segmentor with one decode_head, got {type(model).__name__}')
+        self.backbone = model.backbone
+        self.neck = deepcopy(model.neck).to('meta').eval() if model.with_neck else None
+        self.head = deepcopy(head).to('meta').eval()
+        self.known: Dict[Tuple[int, int], Dict[str, int]] = {}
+
+    def __call__(self, grid: Tuple[int, int]) -> Dict[str, int]:
+        """``neck`` and ``head`` for one image of (h, w) cells."""
+        if grid not in self.known:
+            dims = self.backbone.patch_embed.embed_dims
+            x = torch.empty(1, dims, *grid, device='meta')
+            if self.backbone.output_cls_token:
+                x = [x, torch.empty(1, dims, device='meta')]
+            features = (x,) * (len(self.backbone.out_indices) + int(self.backbone.out_origin))
+            neck = 0
+            if self.neck is not None:
+                neck = operator_macs(self.neck, features)
+                with torch.no_grad():
+                    features = self.neck(features)
+            self.known[grid] = dict(neck=neck, head=operator_macs(self.head, features))
+        return self.known[grid]

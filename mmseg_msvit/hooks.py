@@ -1,12 +1,16 @@
-"""Hooks: the gate's losses into the training of any segmentor or classifier."""
+"""Hooks: the gate's losses into the training of any segmentor or classifier, and pictures of what the gate does."""
 
+from typing import Sequence
+
+from mmengine.dataset import pseudo_collate
+from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmseg.registry import HOOKS
 
 from .checkpoint import fit, unwrap
-from .inspection import find_msvit
+from .inspection import find_msvit, looking_at, record_tokens
 
 
 @HOOKS.register_module()
@@ -46,3 +50,47 @@ class GateLossHook(Hook):
 
     def after_train(self, runner) -> None:
         self._handle.remove()
+
+
+@HOOKS.register_module()
+class TokenMapHook(Hook):
+    """Pictures of a few validation images during training, into each of the visualizer's backends.
+
+    Image, token grid, the gate's probability, prediction and truth, as ``tools/show_tokens.py`` draws them; named
+    ``tokens_0`` and so on, before the first step and then every ``interval`` steps. Training goes on as if nothing had
+    been: mode, random numbers and metrics are untouched.
+
+    Args:
+        interval: training steps between two pictures.
+        indices: the images, as indices of the validation set.
+    """
+
+    def __init__(self, interval: int = 1000, indices: Sequence[int] = (0, 1, 2, 3)):
+        if interval < 1:
+            raise ValueError(f'interval must be at least 1, got {interval}')
+        self.interval = interval
+        self.indices = tuple(indices)
+
+    def before_train(self, runner) -> None:
+        if runner.val_loop is None:
+            raise ValueError('TokenMapHook draws images of the validation set: the config needs a val_dataloader')
+        self._draw(runner, step=runner.iter)
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        if self.every_n_train_iters(runner, self.interval):
+            self._draw(runner, step=runner.iter + 1)
+
+    @master_only
+    def _draw(self, runner, step: int) -> None:
+        # matplotlib takes a second to import: only who draws waits for it
+        from .visualization import sample_figure
+
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        dataset = runner.val_loop.dataloader.dataset
+        for i in self.indices:
+            data = dataset[i % len(dataset)]
+            with looking_at(model), record_tokens(model) as seen:
+                (sample,) = model.test_step(pseudo_collate([data]))
+            image = data['inputs'].permute(1, 2, 0).numpy()[..., ::-1]  # BGR, as mmseg loads it
+            figure = sample_figure(find_msvit(model), seen[0], image, sample, dataset.metainfo['palette'])
+            runner.visualizer.add_image(f'tokens_{i}', figure, step)

@@ -2,7 +2,10 @@
 
 from contextlib import contextmanager
 from typing import Dict, Iterator, List
+from weakref import WeakSet
 
+import torch
+from mmengine.config import ConfigDict
 from torch import Tensor, nn
 
 from .backbone import MSViT
@@ -34,6 +37,25 @@ def record_tokens(model: nn.Module) -> Iterator[List[TokenBatch]]:
         yield seen
     finally:
         handle.remove()
+
+
+@contextmanager
+def looking_at(model: nn.Module) -> Iterator[None]:
+    """Evaluation of whole images inside the ``with`` block, unseen by any metric; then all is as it was.
+
+    Args:
+        model: a segmentor. Slide inference is off, so that an image is one forward pass.
+    """
+    training, test_cfg, observers = model.training, model.test_cfg, MSViT.observers
+    model.test_cfg = ConfigDict(test_cfg or {}, mode='whole')
+    MSViT.observers = WeakSet()
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            yield
+    finally:
+        model.train(training)
+        model.test_cfg, MSViT.observers = test_cfg, observers
 
 
 def coarse_by_purity(tokens: TokenBatch, labels: Tensor, region: int, purity: float = 0.95) -> Dict[str, int]:

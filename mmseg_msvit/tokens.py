@@ -118,9 +118,19 @@ class TokenSelector(nn.Module):
         temperature: T of m = sigmoid((logit + logistic noise) / T) in training.
         threshold: an image's region is coarse at test time iff sigmoid(logit) > threshold.
         with_cls: whether each image has a cls token.
+        token_budget: at test time, in place of the threshold: as few regions of a batch are coarse, those of the
+            largest logits, as keep the mean number of tokens of an image, cls token included, within this.
     """
 
-    def __init__(self, side: int, train_tokens: str, temperature: float, threshold: float, with_cls: bool):
+    def __init__(
+        self,
+        side: int,
+        train_tokens: str,
+        temperature: float,
+        threshold: float,
+        with_cls: bool,
+        token_budget: Optional[float] = None,
+    ):
         super().__init__()
         if train_tokens not in TRAIN_TOKENS:
             raise ValueError(f'train_tokens must be one of {TRAIN_TOKENS}, got {train_tokens!r}')
@@ -128,14 +138,18 @@ class TokenSelector(nn.Module):
             raise ValueError(f'temperature must be positive, got {temperature}')
         if not 0 <= threshold <= 1:
             raise ValueError(f'threshold must be in [0, 1], got {threshold}')
+        if token_budget is not None and not token_budget > 0:
+            raise ValueError(f'token_budget must be positive, got {token_budget}')
         self.side = side
         self.train_tokens = train_tokens
         self.temperature = temperature
         self.threshold = threshold
         self.with_cls = with_cls
+        self.token_budget = token_budget
 
     def extra_repr(self) -> str:
-        return f'train_tokens={self.train_tokens!r}, temperature={self.temperature}, threshold={self.threshold}'
+        decides = f'threshold={self.threshold}' if self.token_budget is None else f'token_budget={self.token_budget}'
+        return f'train_tokens={self.train_tokens!r}, temperature={self.temperature}, {decides}'
 
     def forward(self, logits: Tensor, grid: Tuple[int, int]) -> TokenBatch:
         """Decides, and indexes what is kept.
@@ -146,6 +160,7 @@ class TokenSelector(nn.Module):
 
         Raises:
             FloatingPointError: a logit is NaN or infinite. Names the training iteration, where there is one.
+            ValueError: even with all regions coarse, images have more tokens than the budget.
         """
         learning = self.training and logits.requires_grad
         if learning:
@@ -156,6 +171,8 @@ class TokenSelector(nn.Module):
             soft = logits.sigmoid()
             coarse = soft > self.threshold
         parent = region_of_cell(grid, self.side, logits.device)  # (h * w,)
+        if self.token_budget is not None and not self.training:
+            coarse = self._within_budget(logits, parent)
         one = coarse.new_ones(len(coarse), int(self.with_cls))
         active = torch.cat((one, coarse.flatten(1), ~coarse.flatten(1)[:, parent]), 1)  # (B, T)
         counts = active.sum(1)  # (B,)
@@ -197,6 +214,23 @@ class TokenSelector(nn.Module):
             weight=None if weight is None else weight.flatten()[index],
             with_cls=self.with_cls,
         )
+
+    def _within_budget(self, logits: Tensor, parent: Tensor) -> Tensor:
+        """The decision (B, hc, wc) that meets the budget; logits, since probabilities of sure regions are all 1."""
+        images, regions, cells = len(logits), logits[0].numel(), len(parent)
+        least = regions + int(self.with_cls)
+        if least > self.token_budget:
+            raise ValueError(
+                f'token_budget must be at least {least}, the tokens of an image of {regions} regions that are all '
+                f'coarse, got {self.token_budget}'
+            )
+        excess = images * (cells + int(self.with_cls) - self.token_budget)  # tokens that have to go
+        saved = torch.bincount(parent, minlength=regions) - 1  # (regions,), by a region that is coarse
+        order = logits.flatten().argsort(descending=True, stable=True)  # (B * regions,)
+        saved = saved.repeat(images)[order]
+        coarse = torch.empty_like(order, dtype=torch.bool)
+        coarse[order] = saved.cumsum(0) - saved < excess  # those before it have not saved enough
+        return coarse.view_as(logits)
 
 
 def raise_not_finite(name: str, values: Tensor) -> None:

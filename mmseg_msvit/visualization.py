@@ -6,6 +6,10 @@ import cv2
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from mmseg.structures import SegDataSample
+
+from .backbone import MSViT
+from .tokens import TokenBatch
 
 # A panel is at least so many pixels wide, so that the cells of a small image can be told apart.
 PANEL_PIXELS = 480
@@ -107,3 +111,44 @@ def token_figure(
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def sample_figure(
+    backbone: MSViT,
+    tokens: TokenBatch,
+    image: np.ndarray,
+    sample: SegDataSample,
+    palette: Sequence[Sequence[int]],
+    truth: Optional[np.ndarray] = None,
+) -> np.ndarray:
+    """:func:`token_figure` of what a segmentor made of one image.
+
+    Args:
+        backbone: of the segmentor.
+        tokens: of the image alone.
+        image: (H, W, 3) uint8 RGB, of any size.
+        sample: the segmentor's result.
+        palette: colours of the classes.
+        truth: (H', W') class ids; None takes those of the sample, if it has any.
+
+    Returns:
+        (height, width, 3) uint8 RGB; all panels show the size that the backbone saw.
+    """
+    height, width = sample.img_shape[:2]
+
+    def labels(values):
+        return cv2.resize(values.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
+
+    if truth is None and 'gt_sem_seg' in sample:
+        truth = sample.gt_sem_seg.data[0].cpu().numpy()
+    return token_figure(
+        cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA),
+        tokens.coarse[0].cpu().numpy(),
+        tokens.logits[0].sigmoid().cpu().numpy(),
+        tokens.grid,
+        backbone.patch_size,
+        backbone.side,
+        palette,
+        labels(sample.pred_sem_seg.data[0].cpu().numpy()),
+        None if truth is None else labels(truth),
+    )

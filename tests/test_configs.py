@@ -1,4 +1,4 @@
-"""Every segmentation config of the project loads, builds and makes one training step; the real images go through the pipelines."""
+"""Every segmentation config loads, builds and makes one training step; the real images go through the pipelines."""
 
 import cv2
 import numpy as np

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from mmengine.config import Config
 from mmseg.apis import inference_model, init_model
 from rich.progress import track
 
-from mmseg_msvit.inspection import find_msvit, record_tokens
-from mmseg_msvit.visualization import token_figure
+from mmseg_msvit.inspection import find_msvit, looking_at, record_tokens
+from mmseg_msvit.visualization import sample_figure
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
 
@@ -32,28 +31,11 @@ def list_images(path: Path) -> list:
 
 def draw(model, path: Path, truth: Path = None) -> np.ndarray:
     """The picture of one image."""
-    backbone = find_msvit(model)
-    with record_tokens(model) as seen:
+    with looking_at(model), record_tokens(model) as seen:
         result = inference_model(model, str(path))
-    (tokens,) = seen
     image = cv2.imread(str(path))[..., ::-1]
-    height, width = result.img_shape[:2]  # what the pipeline made of it
-    image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-
-    def fit(labels):
-        return cv2.resize(labels.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
-
-    return token_figure(
-        image,
-        tokens.coarse[0].cpu().numpy(),
-        tokens.logits[0].sigmoid().cpu().numpy(),
-        tokens.grid,
-        backbone.patch_size,
-        backbone.side,
-        model.dataset_meta['palette'],
-        fit(result.pred_sem_seg.data[0].cpu().numpy()),
-        None if truth is None else fit(cv2.imread(str(truth), cv2.IMREAD_UNCHANGED)),
-    )
+    labels = None if truth is None else cv2.imread(str(truth), cv2.IMREAD_UNCHANGED)
+    return sample_figure(find_msvit(model), seen[0], image, result, model.dataset_meta['palette'], labels)
 
 
 def main() -> None:
@@ -67,9 +49,7 @@ def main() -> None:
     args = parser.parse_args()
 
     images = list_images(args.image)
-    config = Config.fromfile(args.config)
-    config.model.test_cfg = dict(mode='whole')
-    model = init_model(config, args.checkpoint, device=args.device)
+    model = init_model(args.config, args.checkpoint, device=args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     for path in track(images, 'pictures'):
         truth = args.truth / f'{path.stem}.png' if args.truth and args.truth.is_dir() else args.truth
