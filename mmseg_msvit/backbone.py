@@ -148,11 +148,8 @@ class MSViT(VisionTransformer):
             ValueError: the images are not (B, in_channels, H, W), or smaller than one patch.
             FloatingPointError: a pixel or a gate logit is NaN or infinite.
         """
-        self._check(images)
-        images, grid = pad_to_regions(images, self.patch_size, self.side)
-        logits = self.gate(images, region_grid(grid, self.side))  # (B, hc, wc)
-        tokens = self.select(logits, grid)
-        self._gated = tokens if logits.requires_grad and self.training else None
+        images, tokens = self.tokenize(images)
+        self._gated = tokens if tokens.logits.requires_grad and self.training else None
         if not self.training:
             for observer in self.observers:
                 observer(self, tokens)
@@ -170,6 +167,17 @@ class MSViT(VisionTransformer):
             if i in self.out_indices:
                 outputs.append(self._output(x, tokens))
         return tuple(outputs)
+
+    def tokenize(self, images: Tensor) -> Tuple[Tensor, TokenBatch]:
+        """Gate and selection: images (B, C, H, W) to the same, padded to whole regions, and their tokens.
+
+        Raises:
+            ValueError, FloatingPointError: as :meth:`forward`.
+        """
+        self._check(images)
+        images, grid = pad_to_regions(images, self.patch_size, self.side)
+        logits = self.gate(images, region_grid(grid, self.side))  # (B, hc, wc)
+        return images, self.select(logits, grid)
 
     def embed(self, images: Tensor, tokens: TokenBatch) -> Tensor:
         """Makes the tokens that are kept, and no others, with their positions: (N, C).

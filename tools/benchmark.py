@@ -33,11 +33,9 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from mmseg_msvit import MSViT
-from mmseg_msvit.embedding import pad_to_regions
 from mmseg_msvit.flops import batch_macs, dense_macs
 from mmseg_msvit.gates import CERTAIN
 from mmseg_msvit.inspection import find_msvit, record_tokens
-from mmseg_msvit.tokens import region_grid
 
 sys.path.insert(0, str(Path(__file__).parent / 'dataset_converters'))
 from toy_scenes import scene  # noqa: E402
@@ -102,12 +100,6 @@ def dense(backbone: MSViT, images: torch.Tensor) -> tuple:
         if i in backbone.out_indices:
             outputs.append(x[:, 1:].mT.unflatten(2, (h, w)).contiguous())
     return tuple(outputs)
-
-
-def tokenize(backbone: MSViT, images: torch.Tensor) -> torch.Tensor:
-    """The part of MSViT before its blocks: gate, selection, embedding."""
-    images, grid = pad_to_regions(images, backbone.patch_size, backbone.side)
-    return backbone.embed(images, backbone.select(backbone.gate(images, region_grid(grid, backbone.side)), grid))
 
 
 def training_step(forward, model):
@@ -182,7 +174,7 @@ def variants(args) -> dict:
         force_gate(model.backbone, args.gate)
         add(f'MSViT {name}' if training else name, model, pick(model))
         if not training and args.part == 'encoder':
-            add('its gate and tokens', model, lambda images, b=model.backbone: [tokenize(b, images)])
+            add('its gate and tokens', model, lambda images, b=model.backbone: [b.embed(*b.tokenize(images))])
     if not training:
         model = twin()
         model.backbone.gate = MODELS.build(dict(type='FixedGate', coarse=False))
