@@ -2,11 +2,15 @@
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
@@ -83,3 +87,65 @@ def free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         return s.getsockname()[1]
+
+
+TOY = 'configs/toy/segmenter_msvit-mini_mask_1xb8-400_toy-scenes-256x256.py'
+
+
+def run(*command, cwd=ROOT, **env):
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=540
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope='session')
+def scenes(tmp_path_factory):
+    """A few toy scenes."""
+    out = tmp_path_factory.mktemp('data') / 'toy_scenes'
+    run(sys.executable, 'tools/dataset_converters/toy_scenes.py', out, '--train', 6, '--val', 3, '--size', 96)
+    return out
+
+
+TOY_OPTIONS = {
+    'model.data_preprocessor.size': (96, 96),
+    'model.backbone.embed_dims': 32,
+    'model.backbone.num_heads': 2,
+    'model.backbone.num_layers': 2,
+    'model.decode_head.in_channels': 32,
+    'model.decode_head.embed_dims': 32,
+    'model.decode_head.num_heads': 2,
+    'train_dataloader.batch_size': 2,
+    'train_dataloader.num_workers': 0,
+    'train_dataloader.persistent_workers': False,
+    'val_dataloader.num_workers': 0,
+    'val_dataloader.persistent_workers': False,
+    'test_dataloader.num_workers': 0,
+    'test_dataloader.persistent_workers': False,
+    'train_cfg.max_iters': 4,
+    'train_cfg.val_interval': 2,
+    'default_hooks.checkpoint.interval': 2,
+    'default_hooks.logger.interval': 1,
+}
+
+
+@pytest.fixture
+def config(scenes, tmp_path):
+    """The toy config, small and short, on them."""
+    config = Config.fromfile(ROOT / TOY)
+    config.merge_from_dict({**TOY_OPTIONS, 'work_dir': str(tmp_path / 'work')})
+    for split in ('train', 'val', 'test'):
+        config.merge_from_dict({f'{split}_dataloader.dataset.data_root': str(scenes)})
+    return config
+
+
+def build_runner(config, **options):
+    config.merge_from_dict({'experiment_name': f'test-{torch.randint(10**9, ()).item()}-{id(options)}', **options})
+    return Runner.from_cfg(config)
+
+
+@pytest.fixture
+def checkpoint(config):
+    build_runner(config, **{'train_cfg.max_iters': 2}).train()
+    return f'{config.work_dir}/iter_2.pth'

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import SMALL, sample
+from mmengine.dataset import DefaultSampler
 from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import init_default_scope
-from mmseg.registry import HOOKS, MODELS
+from mmseg.registry import HOOKS, METRICS, MODELS
 
 MODEL = dict(
     type='EncoderDecoder',
@@ -62,3 +63,24 @@ def test_ranks_stay_together_and_every_parameter_is_reduced(free_port):
         torch.testing.assert_close(first[name], second[name])
         # at the second step the last gate layer no longer is zero, so that the layers below it have moved too
         assert not torch.equal(first[name], start.detach()), name
+
+
+def count_tokens(rank, port, results):
+    dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
+    init_default_scope('mmseg')
+    metric = METRICS.build(dict(type='TokenMetric'))
+    backbone = MODELS.build(dict(MODEL['backbone'], gate=dict(type='FixedGate', coarse=True))).eval()
+    for i in DefaultSampler(range(3), shuffle=False, round_up=True):  # image 0 once more, to fill the last batch
+        with torch.no_grad():
+            backbone(torch.randn(1, 3, 32, 32 * (i + 1)))
+        metric.process({}, [{}])
+    results[rank] = metric.evaluate(3)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_token_metric_counts_each_image_once(free_port):
+    results = torch.multiprocessing.Manager().dict()
+    torch.multiprocessing.spawn(count_tokens, (free_port, results), nprocs=2)
+    assert results[0] == results[1]
+    assert results[0]['msvit/tokens_mean'] == 3 and results[0]['msvit/tokens_p50'] == 3  # of 2, 3 and 4 tokens

@@ -75,14 +75,15 @@ class Variant:
     Args:
         run: the model's name, config and checkpoint.
         model: the loaded model; variants of one run share it.
+        metainfo: of the test set.
         threshold: of the gate; None for a dense ViT.
     """
 
-    def __init__(self, run: Run, model, threshold: Optional[float]):
+    def __init__(self, run: Run, model, metainfo: dict, threshold: Optional[float]):
         self.run, self.model, self.threshold = run, model, threshold
         self.heads = HeadMacs(model)
         self.iou = IoUMetric(iou_metrics=['mIoU'])
-        self.iou.dataset_meta = model.dataset_meta
+        self.iou.dataset_meta = metainfo
         self.seconds: List[float] = []
         self.images: List[Dict[str, int]] = []
 
@@ -147,7 +148,9 @@ def measure(runs: List[Run], thresholds: List[float], device: str) -> List[dict]
             raise SystemExit(f'{run.config}: wanted an MSViT or VisionTransformer, got {type(model.backbone).__name__}')
         if run.config not in datasets:
             datasets[run.config] = DATASETS.build(Config.fromfile(run.config).test_dataloader.dataset)
-        variants += [Variant(run, model, t) for t in (thresholds if isinstance(model.backbone, MSViT) else [None])]
+        metainfo = datasets[run.config].metainfo
+        for threshold in thresholds if isinstance(model.backbone, MSViT) else [None]:
+            variants.append(Variant(run, model, metainfo, threshold))
     sizes = {config: len(dataset) for config, dataset in datasets.items()}
     if len(set(sizes.values())) > 1:
         raise SystemExit(f'wanted configs with one test set, got sets of {sizes} images')
@@ -162,7 +165,7 @@ def measure(runs: List[Run], thresholds: List[float], device: str) -> List[dict]
 
 
 def curves(points: List[dict]) -> Dict[str, List[dict]]:
-    """Name -> its points, averaged over runs of one threshold, with ``miou_std`` over them and their number ``runs``."""
+    """Name -> its points, averaged over the runs of one threshold, with their number and the spread of their mIoU."""
     groups: Dict[tuple, List[dict]] = {}
     for point in points:
         groups.setdefault((point['name'], point['threshold']), []).append(point)

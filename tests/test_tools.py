@@ -1,0 +1,209 @@
+"""The tools, from their command lines, on a small trained model."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TOY, build_runner, run
+from mmengine.config import Config
+from mmseg.registry import MODELS
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmseg_msvit.flops import HeadMacs
+
+TOOL = [sys.executable, '-W', 'ignore']
+
+
+@pytest.fixture
+def trained(config, checkpoint):
+    """CONFIG and CHECKPOINT for a command line."""
+    config.dump(f'{config.work_dir}/config.py')
+    return f'{config.work_dir}/config.py', checkpoint
+
+
+@pytest.fixture
+def dense(config, tmp_path):
+    """The same for the dense twin, not trained."""
+    twin = deepcopy(config)
+    backbone = twin.model.backbone
+    for name in ('train_tokens', 'coarse_embed', 'gate_loss'):
+        backbone.pop(name)
+    backbone.type = 'VisionTransformer'
+    twin.dump(str(tmp_path / 'dense.py'))
+    torch.save(dict(state_dict=MODELS.build(twin.model).state_dict(), meta={}), tmp_path / 'dense.pth')
+    return str(tmp_path / 'dense.py'), str(tmp_path / 'dense.pth')
+
+
+def counted(function):
+    """MACs of a call, operator by operator."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        function()
+    return counter.get_total_flops() / 2
+
+
+HEADS = [
+    'configs/msvit/segmenter_msvit-s_mask_8xb1-160k_ade20k-512x512.py',
+    'configs/msvit/segmenter_msvit-s_fcn_8xb1-160k_ade20k-512x512.py',
+    'configs/msvit/upernet_msvit-deit-s16_8xb2-160k_ade20k-512x512.py',
+    'configs/msvit/upernet_msvit-b16_mln_8xb2-160k_ade20k-512x512.py',
+]
+
+
+@pytest.mark.parametrize('name', HEADS)
+def test_macs_of_neck_and_head_are_those_of_the_operators(name):
+    config = Config.fromfile(ROOT / name)
+    config.model.pretrained = None
+    model = MODELS.build(config.model).eval()
+    for module in model.modules():  # train mode keeps torch's attention on the path that the counter sees
+        if isinstance(module, nn.MultiheadAttention):
+            module.train()
+    macs = HeadMacs(model)((4, 6))
+    features = [torch.randn(1, model.backbone.embed_dims, 4, 6)] * len(model.backbone.out_indices)
+    wanted = counted(lambda: model.decode_head(model.neck(features) if model.with_neck else features))
+    assert sum(macs.values()) == pytest.approx(wanted, rel=1e-3) and macs['head'] > 0
+    assert (macs['neck'] > 0) == model.with_neck
+    assert model.decode_head.training is False and next(model.parameters()).device.type == 'cpu'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('slide', [False, True])
+def test_get_flops_counts_what_the_test_run_counts(config, checkpoint, tmp_path, slide):
+    config.test_evaluator = [dict(type='IoUMetric', iou_metrics=['mIoU']), dict(type='TokenMetric')]
+    if slide:
+        config.model.test_cfg = dict(mode='slide', crop_size=(64, 64), stride=(32, 32))
+    config.dump(f'{config.work_dir}/config.py')
+    config.load_from = checkpoint
+    metrics = build_runner(config.copy()).test()
+    assert 0 <= metrics['mIoU'] <= 100
+    out = run(*TOOL, 'tools/get_flops.py', f'{config.work_dir}/config.py', checkpoint, '--json', tmp_path / 'f.json')
+    flops = json.loads((tmp_path / 'f.json').read_text())
+    assert flops['images'] == 3 and 'head GMACs' in out
+    for what in ('mean', 'p5', 'p50', 'p95'):
+        assert metrics[f'msvit/tokens_{what}'] == pytest.approx(flops['tokens'][what], abs=1e-3)
+        assert metrics[f'msvit/encoder_gmacs_{what}'] == pytest.approx(flops['encoder'][what], abs=1e-3)
+    assert metrics['msvit/encoder_gmacs_of_dense'] == pytest.approx(100 * flops['encoder']['of_dense'], abs=0.01)
+    assert flops['tokens']['dense'] == (4 * 17 if slide else 37)
+    assert flops['head']['mean'] == flops['head']['dense'] > 0
+    parts = sum(flops[part]['mean'] for part in ('gate', 'embedding', 'encoder', 'neck', 'head'))
+    assert flops['total']['mean'] == pytest.approx(parts)
+
+
+@pytest.mark.slow
+def test_get_flops_of_a_dense_vit_and_of_a_shape(trained, dense, tmp_path):
+    run(*TOOL, 'tools/get_flops.py', *dense, '--json', tmp_path / 'dense.json')
+    flops = json.loads((tmp_path / 'dense.json').read_text())
+    assert flops['tokens']['mean'] == 37 and flops['gate']['mean'] == 0
+    assert flops['total']['of_dense'] == pytest.approx(1)
+    run(*TOOL, 'tools/get_flops.py', trained[0], '--shape', 96, 96, '--json', tmp_path / 'shape.json')
+    shares = json.loads((tmp_path / 'shape.json').read_text())
+    assert [shares[f'{share} coarse']['tokens'] for share in ('0%', '100%')] == [37, 10]
+    assert shares['0% coarse']['encoder'] / 1e9 == pytest.approx(flops['encoder']['mean'])
+
+
+@pytest.mark.slow
+def test_analyze_gate_writes_a_page_that_a_browser_shows(trained, tmp_path):
+    out = run(
+        *TOOL, 'tools/analyze_gate.py', *trained, '--out', tmp_path / 'gate.json', '--html', tmp_path / 'gate.html'
+    )
+    numbers = json.loads((tmp_path / 'gate.json').read_text())
+    assert numbers['images'] == 3 and numbers['dense_tokens'] == 36 and 9 <= numbers['tokens'] <= 36
+    assert 'conditionality' in out
+    assert len(numbers['place']['coarse']) == 3 and len(numbers['place']['coarse'][0]) == 3
+    assert np.mean(numbers['place']['coarse']) == pytest.approx(numbers['coarse'], abs=1e-3)
+    regions = sum(b['regions'] for b in numbers['purity'])
+    coarse = sum(b['regions'] * (b['coarse'] or 0) for b in numbers['purity'])
+    assert regions == 27 and coarse / regions == pytest.approx(numbers['coarse'])
+    pixels = sum(c['pixels'] for c in numbers['classes'].values())
+    assert pixels == 3 * 96 * 96
+    assert sum(c['pixels'] * (c['coarse'] or 0) for c in numbers['classes'].values()) / pixels == pytest.approx(
+        numbers['coarse']
+    )
+
+    page = (tmp_path / 'gate.html').read_text()
+    assert re.findall(r'(?:src|href)="(?!data:)', page) == []  # nothing that is not in the file
+    browser = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if browser is None:
+        pytest.skip('needs a Chromium to look at the page')
+    # A second page measures the pictures of the first when they have been decoded, and writes that into its title.
+    script = """<script>onload = () => {
+      const pictures = [...document.images];
+      document.title = pictures.filter(i => i.complete && i.naturalWidth > 100).length + ' of ' + pictures.length
+        + ', ' + document.getElementById('numbers').rows.length + ' rows, overflow '
+        + (document.documentElement.scrollWidth > innerWidth);
+    }</script>"""
+    (tmp_path / 'probe.html').write_text(page.replace('</body>', script + '</body>'))
+    command = [browser, '--headless', '--no-sandbox', '--disable-gpu', '--window-size=480,800', '--dump-dom']
+    dom = subprocess.run([*command, str(tmp_path / 'probe.html')], capture_output=True, text=True, timeout=120).stdout
+    assert '<title>6 of 6, 8 rows, overflow false</title>' in dom, re.findall('<title>.*?</title>', dom)
+
+
+@pytest.mark.slow
+def test_show_tokens(trained, scenes, tmp_path):
+    truth = scenes / 'annotations/val'
+    run(
+        *TOOL, 'tools/show_tokens.py', *trained, scenes / 'images/val', '--truth', truth, '--out', tmp_path / 'pictures'
+    )
+    pictures = sorted((tmp_path / 'pictures').glob('*.png'))
+    assert [path.name for path in pictures] == ['0000.png', '0001.png', '0002.png']
+    height, width = cv2.imread(str(pictures[0])).shape[:2]
+    assert width == 5 * 480 and height > 300  # five panels
+
+
+@pytest.mark.slow
+def test_tradeoff(config, trained, dense, tmp_path):
+    ours, twin = ','.join(trained), ','.join(dense)
+    tool = [*TOOL, 'tools/tradeoff.py', f'MSViT={ours}', f'MSViT={ours}', f'dense={twin}', '--device', 'cpu']
+    out = run(*tool, '--thresholds', 0, 0.5, 1, '--out', tmp_path / 'out')
+    result = json.loads((tmp_path / 'out/tradeoff.json').read_text())
+    assert list(result['curves']) == ['MSViT', 'dense']
+    low, high = result['curves']['MSViT'][0], result['curves']['MSViT'][-1]
+    assert (low['threshold'], high['threshold']) == (0, 1) and low['runs'] == 2
+    assert (low['tokens'], high['tokens']) == (10, 37)  # all coarse, all fine
+    assert low['miou_std'] == 0  # the same checkpoint twice
+    (point,) = result['curves']['dense']
+    assert point['threshold'] is None and point['tokens'] == 37 and point['time_ratio'] == 1
+    assert high['encoder_gmacs'] == pytest.approx(point['encoder_gmacs'])
+    assert cv2.imread(str(tmp_path / 'out/tradeoff.png')).shape[:2] == (480, 1200)
+    assert 'time ratio' in out
+
+    config.load_from = trained[1]  # whose gate has the threshold 0.5
+    middle = next(p for p in result['points'] if p['threshold'] == 0.5)
+    assert middle['miou'] == pytest.approx(build_runner(config).test()['mIoU'], abs=0.01)
+
+
+@pytest.mark.slow
+def test_tradeoff_trains_seeds_and_does_not_train_twice(config, tmp_path):
+    config.pop('work_dir')
+    config.dump(str(tmp_path / 'config.py'))
+    tool = [*TOOL, 'tools/tradeoff.py', f'ours={tmp_path}/config.py', '--seeds', 0, 1, '--thresholds', 0.5]
+    tool += ['--device', 'cpu', '--out', tmp_path / 'out']
+    assert 'training' in run(*tool)
+    result = json.loads((tmp_path / 'out/tradeoff.json').read_text())
+    (point,) = result['curves']['ours']
+    assert point['runs'] == 2 and [Path(p['checkpoint']).name for p in result['points']] == ['iter_4.pth'] * 2
+    assert result['points'][0]['miou'] != result['points'][1]['miou']
+    assert 'training' not in run(*tool)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mode', ['test', 'train'])
+def test_benchmark(mode, tmp_path):
+    tool = [sys.executable, '-W', 'ignore', 'tools/benchmark.py', TOY, '--against', TOY.replace('msvit', 'vit')]
+    options = ['--gate', 'random:0.5', '--size', 64, '--repeat', 2, '--batch', 2, '--device', 'cpu']
+    out = run(*tool, *options, '--mode', mode, '--json', tmp_path / 'a.json')
+    assert f'encoder, {mode}, 64x64, gate random:0.5' in out
+    rows = {row['name']: row for row in json.loads((tmp_path / 'a.json').read_text())['rows']}
+    ours = ['MSViT', 'its gate and tokens', 'all fine'] if mode == 'test' else ['MSViT active', 'MSViT trimmed']
+    assert list(rows) == [*ours, 'dense', 'against']
+    assert rows['dense']['ratio'] == 1 and rows['dense']['tokens'] == 17
+    assert rows[ours[0]]['tokens'] < 17 and rows[ours[0]]['gmacs'] < rows['dense']['gmacs']
+    assert all(row['seconds'] > 0 and row['memory_mib'] > 0 for row in rows.values())
