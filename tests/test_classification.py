@@ -124,7 +124,7 @@ def classifier(imagenet, tmp_path_factory):
 def test_toy_run_of_the_imagenet_config(classifier):
     _, log = classifier
     assert 'gate.loss_gbas' in log and 'gate.coarse_fraction' in log and 'gate.tokens' in log
-    assert 'accuracy/top1' in log
+    assert 'accuracy/top1' in log and 'msvit/tokens_mean' in log
 
 
 @pytest.mark.parametrize('positions', [64, 224])

@@ -39,7 +39,8 @@ say "3/5 testing the checkpoint"
 logged "$work/test.log" mim test mmsegmentation "$config" --checkpoint "$work/iter_400.pth" --work-dir "$work/test" --yes
 
 say "4/5 what the gate does"
-python -W ignore tools/analyze_gate.py "$config" "$work/iter_400.pth" --out "$work/gate.json" | tee "$work/gate.log"
+python -W ignore tools/analyze_gate.py "$config" "$work/iter_400.pth" --out "$work/gate.json" --html "$work/gate.html" |
+  tee "$work/gate.log"
 
 say "5/5 pictures"
 python -W ignore tools/show_tokens.py "$config" "$work/iter_400.pth" data/toy_scenes/images/val/0003.png \
@@ -65,7 +66,7 @@ print(f'tokens of an image    {gate["tokens"]:.1f} of {gate["dense_tokens"]:.0f}
 print(f'coarse regions        {gate["coarse"]:.1%}')
 print(f'  of uniform regions  {gate["coarse_of_uniform"]:.1%}')
 print(f'  of mixed regions    {gate["coarse_of_mixed"]:.1%}')
-print(f'picture               {work}/pictures/0003.png')
+print(f'picture and report    {work}/pictures/0003.png, {work}/gate.html')
 if miou < 5 * commonest:
     sys.exit('quickstart.sh: the model has not learned: wanted at least five times the mIoU of the commonest class')
 if gate['coarse_of_uniform'] < gate['coarse_of_mixed'] + 0.5:

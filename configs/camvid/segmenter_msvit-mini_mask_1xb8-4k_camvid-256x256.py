@@ -11,3 +11,5 @@ model = dict(
     )
 )
 custom_hooks = [dict(type='GateLossHook')]
+val_evaluator = [_base_.val_evaluator, dict(type='TokenMetric')]
+test_evaluator = val_evaluator

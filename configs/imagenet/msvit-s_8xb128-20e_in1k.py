@@ -37,3 +37,5 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=True, begin=1),
 ]
 train_cfg = dict(max_epochs=20)
+val_evaluator = [_base_.val_evaluator, dict(type='TokenMetric')]
+test_evaluator = val_evaluator
