@@ -46,15 +46,18 @@ def looking_at(model: nn.Module) -> Iterator[None]:
     Args:
         model: a segmentor. Slide inference is off, so that an image is one forward pass.
     """
-    training, test_cfg, observers = model.training, model.test_cfg, MSViT.observers
+    modes = [(module, module.training) for module in model.modules()]
+    test_cfg, observers = model.test_cfg, MSViT.observers
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     model.test_cfg = ConfigDict(test_cfg or {}, mode='whole')
     MSViT.observers = WeakSet()
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(devices):
             yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
         model.test_cfg, MSViT.observers = test_cfg, observers
 
 

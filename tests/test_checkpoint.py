@@ -1,5 +1,6 @@
 """Each source format is made by the library that owns it, and compared by its features, not by its keys."""
 
+import re
 import subprocess
 import sys
 
@@ -108,25 +109,19 @@ class QuickGELU(nn.Module):
 
 def test_clip(images, tmp_path):
     """CLIP's own names, which timm turns into its model: both readings have the same features."""
-    rename = {
-        'cls_token': 'class_embedding', 'pos_embed': 'positional_embedding', 'patch_embed.proj': 'conv1',
-        'norm_pre': 'ln_pre', 'norm': 'ln_post', 'blocks': 'transformer.resblocks', 'norm1': 'ln_1', 'norm2': 'ln_2',
-        'attn.qkv.': 'attn.in_proj_', 'attn.proj': 'attn.out_proj', 'mlp.fc1': 'mlp.c_fc', 'mlp.fc2': 'mlp.c_proj',
-    }  # fmt: skip
+    rename = [
+        (r'^cls_token$', 'class_embedding'), (r'^pos_embed$', 'positional_embedding'), (r'^patch_embed\.proj', 'conv1'),
+        (r'^norm_pre', 'ln_pre'), (r'^norm', 'ln_post'), (r'^blocks', 'transformer.resblocks'), (r'\.norm', '.ln_'),
+        (r'attn\.qkv\.', 'attn.in_proj_'), (r'attn\.proj', 'attn.out_proj'), (r'fc1', 'c_fc'), (r'fc2', 'c_proj'),
+    ]  # fmt: skip
     source = timm_vit(pre_norm=True, act_layer=QuickGELU)
     official = {}
     for name, tensor in source.state_dict().items():
         if name.startswith('head') or name == 'patch_embed.proj.bias':
             continue
-        for theirs, clips in rename.items():
-            name = name.replace(f'{theirs}', clips) if theirs.endswith('.') or theirs == name else name
-        parts = name.split('.')
-        if parts[0] in ('norm_pre', 'norm', 'blocks'):
-            parts[0] = rename[parts[0]]
-        name = '.'.join(parts).replace('patch_embed.proj', 'conv1')
-        for theirs in ('norm1', 'norm2', 'attn.proj', 'mlp.fc1', 'mlp.fc2'):
-            name = name.replace(f'.{theirs}.', f'.{rename[theirs]}.')
-        official[f'visual.{name}'] = tensor.squeeze() if name in ('class_embedding',) else tensor
+        for theirs, clips in rename:
+            name = re.sub(theirs, clips, name)
+        official[f'visual.{name}'] = tensor.squeeze() if name == 'class_embedding' else tensor
     official['visual.positional_embedding'] = official['visual.positional_embedding'][0]
     official['visual.proj'] = torch.zeros(32, 5)
     official['transformer.resblocks.0.attn.in_proj_weight'] = torch.zeros(12, 4)  # the text tower

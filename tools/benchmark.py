@@ -33,7 +33,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from mmseg_msvit import MSViT
-from mmseg_msvit.flops import batch_macs, dense_macs
+from mmseg_msvit.flops import HeadMacs, batch_macs, dense_macs
 from mmseg_msvit.gates import CERTAIN
 from mmseg_msvit.inspection import find_msvit, record_tokens
 
@@ -214,8 +214,8 @@ def measure(args, batch: int) -> list:
 
     reference = 'dense' if 'dense' in compared else 'against'
     rows = []
-    grid = (-(-args.size // 16),) * 2
     for name, (_, model) in compared.items():
+        grid = (-(-args.size // model.backbone.patch_size),) * 2
         with record_tokens(model) if isinstance(model.backbone, MSViT) else nullcontext([]) as seen:
             memory = run(name, peak_memory, batches[0])
         parts = [dense_macs(model.backbone, grid)] * batch
@@ -223,6 +223,9 @@ def measure(args, batch: int) -> list:
             parts = batch_macs(model.backbone, seen[0])
         if name == 'its gate and tokens':
             parts = [dict(p, encoder=0) for p in parts]
+        if args.part == 'segmentor':
+            head = HeadMacs(model)(grid)
+            parts = [{**p, **head} for p in parts]
         ratios = [a / b for a, b in zip(seconds[name], seconds[reference])] if reference in compared else []
         quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         rows.append(
