@@ -2,13 +2,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmseg_msvit.embedding import pad_to_regions, patchify, position_tables
+from mmseg_msvit.embedding import area_mean, pad_to_regions, patchify, position_tables
 
 
 def test_patchify_is_a_convolutions_order():
     images, conv = torch.randn(2, 3, 8, 12), torch.nn.Conv2d(3, 5, 4, 4)
     rows = F.linear(patchify(images, 4), conv.weight.flatten(1), conv.bias)
     torch.testing.assert_close(rows.permute(0, 3, 1, 2), conv(images))
+
+
+@pytest.mark.parametrize('side', [2, 3, 4])
+def test_area_mean_is_the_average_pool(side):
+    images = torch.randn(2, 3, 12 * side, 5 * side, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(area_mean(images, side), F.avg_pool2d(images, side))
+    (grad,) = torch.autograd.grad(area_mean(images, side).sum(), images)
+    torch.testing.assert_close(grad, torch.full_like(grad, 1 / side**2))
 
 
 @pytest.mark.parametrize('size, grid, padded', [((16, 33), (1, 3), (32, 64)), ((64, 64), (4, 4), (64, 64))])
