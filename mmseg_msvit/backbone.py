@@ -43,8 +43,8 @@ class MSViT(VisionTransformer):
         coarse_embed: ``'resize'`` embeds the area mean of a region; ``'resize+detail'`` adds a convolution, at first
             zero, of the embeddings of its cells (chosen here, after adaptive patch transformers).
         patch_bias: whether the patch embedding has a bias, as those of timm, DeiT and AugReg have.
-        token_budget: at test time, the mean number of tokens of an image that a batch may have; in place of the gate's
-            threshold, see :class:`TokenSelector`.
+        token_budget: at test time, the mean number of tokens that the images of a forward pass may have, in place of
+            the gate's threshold; see :class:`TokenSelector`.
         **kwargs: of :class:`mmseg.models.backbones.VisionTransformer`.
 
     Raises:
@@ -303,4 +303,4 @@ def _build(argument: str, cfg: dict, base: type, **shape) -> nn.Module:
     if not (isinstance(kind, type) and issubclass(kind, base)):
         known = sorted(c.__name__ for c in MODELS.module_dict.values() if issubclass(c, base) and c is not base)
         raise ValueError(f'{argument} must be a config whose type is one of {known}, got {cfg}')
-    return MODELS.build({**shape, **cfg, 'type': kind})  # the class itself, which any default scope finds
+    return MODELS.build(dict(**shape, **{**cfg, 'type': kind}))  # the class itself, which any default scope finds

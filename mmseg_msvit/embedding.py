@@ -38,7 +38,7 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 def area_mean(images: Tensor, side: int) -> Tensor:
     """Means of side * side pixels: (B, C, H, W) to (B, C, H / side, W / side).
 
-    Equal to ``avg_pool2d``, by rows and then by columns, which takes a sixth of its time on a CPU.
+    What ``avg_pool2d`` does, by rows and then by columns: a sixth of its time on 2 CPU cores at 512x512.
     """
     rows = reduce(torch.add, (images[..., i::side, :] for i in range(side)))  # (B, C, H / side, W)
     return reduce(torch.add, (rows[..., i::side] for i in range(side))) / side**2

@@ -2,6 +2,7 @@
 
 from typing import Sequence
 
+import torch
 from mmengine.dataset import pseudo_collate
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
@@ -58,7 +59,8 @@ class TokenMapHook(Hook):
 
     Image, token grid, the gate's probability, prediction and truth, as ``tools/show_tokens.py`` draws them; named
     ``tokens_0`` and so on, before the first step and then every ``interval`` steps. Training goes on as if nothing had
-    been: mode, random numbers and metrics are untouched.
+    been: modes, torch's random numbers and metrics are untouched. On several GPUs the first process draws, by itself,
+    so that the model must be whole there, as under DistributedDataParallel.
 
     Args:
         interval: training steps between two pictures.
@@ -87,10 +89,12 @@ class TokenMapHook(Hook):
 
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         dataset = runner.val_loop.dataloader.dataset
-        for i in self.indices:
-            data = dataset[i % len(dataset)]
-            with looking_at(model), record_tokens(model) as seen:
-                (sample,) = model.test_step(pseudo_collate([data]))
-            image = data['inputs'].permute(1, 2, 0).numpy()[..., ::-1]  # BGR, as mmseg loads it
-            figure = sample_figure(find_msvit(model), seen[0], image, sample, dataset.metainfo['palette'])
-            runner.visualizer.add_image(f'tokens_{i}', figure, step)
+        device = next(model.parameters()).device
+        with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+            for i in self.indices:
+                data = dataset[i % len(dataset)]
+                with looking_at(model), record_tokens(model) as seen:
+                    (sample,) = model.test_step(pseudo_collate([data]))
+                image = data['inputs'].permute(1, 2, 0).numpy()[..., ::-1]  # BGR, as mmseg loads it
+                figure = sample_figure(find_msvit(model), seen[0], image, sample, dataset.metainfo['palette'])
+                runner.visualizer.add_image(f'tokens_{i}', figure, step)

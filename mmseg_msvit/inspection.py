@@ -41,19 +41,20 @@ def record_tokens(model: nn.Module) -> Iterator[List[TokenBatch]]:
 
 @contextmanager
 def looking_at(model: nn.Module) -> Iterator[None]:
-    """Evaluation of whole images inside the ``with`` block, unseen by any metric; then all is as it was.
+    """Evaluation of whole images inside the ``with`` block, unseen by any metric; then the model is as it was.
+
+    Not for the middle of a training step, whose gate losses would be lost.
 
     Args:
         model: a segmentor. Slide inference is off, so that an image is one forward pass.
     """
     modes = [(module, module.training) for module in model.modules()]
     test_cfg, observers = model.test_cfg, MSViT.observers
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     model.test_cfg = ConfigDict(test_cfg or {}, mode='whole')
     MSViT.observers = WeakSet()
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with torch.no_grad():
             yield
     finally:
         for module, training in modes:

@@ -1,6 +1,7 @@
 """Tokens and compute of a test set, counted beside mIoU."""
 
-from typing import Any, Dict, List, MutableMapping, Sequence
+from collections import deque
+from typing import Any, Dict, List, MutableMapping, Optional, Sequence
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -21,36 +22,40 @@ def summarize(values: Sequence[float]) -> Dict[str, float]:
 
 
 class Recorder:
-    """Counts each forward pass until a metric takes them.
+    """Keeps the forward passes until a metric takes them.
 
     All metrics share one, which lives as long as they: a runner has a metric for validation and one for test, and the
     idle one must not collect the other's images.
     """
 
     def __init__(self):
-        self.passes: List[List[Dict[str, int]]] = []
+        # No image has so many windows: only what nobody ever takes is lost.
+        self.passes = deque(maxlen=4096)
 
     def __call__(self, backbone: MSViT, tokens: TokenBatch) -> None:
-        dense = dense_macs(backbone, tokens.grid)
-        dense_tokens = tokens.grid[0] * tokens.grid[1] + int(tokens.with_cls)
-        self.passes.append(
-            [
-                dict(
-                    tokens=count,
-                    dense_tokens=dense_tokens,
-                    encoder=macs['encoder'],
-                    dense_encoder=dense['encoder'],
-                    backbone=sum(macs.values()),
-                    dense_backbone=sum(dense.values()),
-                )
-                for count, macs in zip(tokens.active_counts().tolist(), batch_macs(backbone, tokens))
-            ]
-        )
+        self.passes.append((backbone, tokens))
 
     def take(self) -> List[List[Dict[str, int]]]:
-        """A list for each pass, with a dict for each image; forgets them."""
-        passes, self.passes = self.passes, []
-        return passes
+        """A list for each pass, with a dict for each of its images; forgets them."""
+        passes, self.passes = list(self.passes), deque(maxlen=self.passes.maxlen)
+        return [pass_costs(backbone, tokens) for backbone, tokens in passes]
+
+
+def pass_costs(backbone: MSViT, tokens: TokenBatch) -> List[Dict[str, int]]:
+    """Tokens and MACs of each image of a pass at test time, and those of the dense ViT."""
+    dense = dense_macs(backbone, tokens.grid)
+    dense_tokens = tokens.grid[0] * tokens.grid[1] + int(tokens.with_cls)
+    return [
+        dict(
+            tokens=count,
+            dense_tokens=dense_tokens,
+            encoder=macs['encoder'],
+            dense_encoder=dense['encoder'],
+            backbone=sum(macs.values()),
+            dense_backbone=sum(dense.values()),
+        )
+        for count, macs in zip(tokens.lengths, batch_macs(backbone, tokens))
+    ]
 
 
 _RECORDER: MutableMapping[str, Recorder] = WeakValueDictionary()
@@ -62,7 +67,8 @@ class TokenMetric(BaseMetric):
 
     ``val_evaluator = [dict(type='IoUMetric', iou_metrics=['mIoU']), dict(type='TokenMetric')]``. All windows of a slide
     inference and all views of test-time augmentation count as the image's. Under a sampler that repeats images to fill
-    the last batch, or on several ranks, each image counts once.
+    the last batch, or on several ranks, each image counts once. Predictions of your own between two evaluations would
+    be counted as the next image's: make them inside :func:`~mmseg_msvit.inspection.looking_at`.
 
     Results, for ``tokens`` (cls token included) and ``encoder_gmacs`` (the blocks alone, as the paper counts):
     ``_mean``, ``_p5``, ``_p50``, ``_p95``, and ``_of_dense``, the sum over the sum of the dense ViT's in percent. And
@@ -71,8 +77,8 @@ class TokenMetric(BaseMetric):
 
     default_prefix = 'msvit'
 
-    def __init__(self, collect_device: str = 'cpu', prefix: str = None):
-        super().__init__(collect_device=collect_device, prefix=prefix)
+    def __init__(self, collect_device: str = 'cpu', prefix: Optional[str] = None, collect_dir: Optional[str] = None):
+        super().__init__(collect_device=collect_device, prefix=prefix, collect_dir=collect_dir)
         self.recorder = _RECORDER.setdefault('recorder', Recorder())
         MSViT.observers.add(self.recorder)
 
@@ -87,7 +93,7 @@ class TokenMetric(BaseMetric):
         if sizes != [len(data_samples)]:
             raise RuntimeError(
                 f'TokenMetric wanted forward passes of an MSViT over {len(data_samples)} images, got '
-                f'{f"some over {sizes}" if sizes else "none: the model has no MSViT"}'
+                f'{f"some over {sizes}" if sizes else "none: no MSViT has run, or another TokenMetric took them"}'
             )
         for image in zip(*passes):
             self.results.append({key: sum(part[key] for part in image) for key in image[0]})
@@ -98,7 +104,12 @@ class TokenMetric(BaseMetric):
         metrics = {}
         for name, key, unit in (('tokens', 'tokens', 1), ('encoder_gmacs', 'encoder', 1e9)):
             statistics = summarize([image[key] / unit for image in results])
-            metrics.update({f'{name}_{what}': round(value, 3) for what, value in statistics.items()})
-            metrics[f'{name}_of_dense'] = round(100 * total[key] / total[f'dense_{key}'], 2)
-        metrics['backbone_gmacs_of_dense'] = round(100 * total['backbone'] / total['dense_backbone'], 2)
+            metrics.update({f'{name}_{what}': _short(value) for what, value in statistics.items()})
+            metrics[f'{name}_of_dense'] = _short(100 * total[key] / total[f'dense_{key}'])
+        metrics['backbone_gmacs_of_dense'] = _short(100 * total['backbone'] / total['dense_backbone'])
         return metrics
+
+
+def _short(value: float) -> float:
+    """Five digits, for a log line."""
+    return float(f'{value:.5g}')

@@ -6,6 +6,7 @@ covered by exactly one active token. The tokens that are kept lie one after the 
 of N rows without padding.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import List, Optional, Tuple
 
@@ -118,8 +119,9 @@ class TokenSelector(nn.Module):
         temperature: T of m = sigmoid((logit + logistic noise) / T) in training.
         threshold: an image's region is coarse at test time iff sigmoid(logit) > threshold.
         with_cls: whether each image has a cls token.
-        token_budget: at test time, in place of the threshold: as few regions of a batch are coarse, those of the
-            largest logits, as keep the mean number of tokens of an image, cls token included, within this.
+        token_budget: at test time, in place of the threshold: as few regions of a forward pass are coarse, those of the
+            largest logits, as keep the mean number of tokens of its images, cls token included, within this. Where
+            even all coarse is more, all are, with a warning.
     """
 
     def __init__(
@@ -160,7 +162,6 @@ class TokenSelector(nn.Module):
 
         Raises:
             FloatingPointError: a logit is NaN or infinite. Names the training iteration, where there is one.
-            ValueError: even with all regions coarse, images have more tokens than the budget.
         """
         learning = self.training and logits.requires_grad
         if learning:
@@ -220,16 +221,19 @@ class TokenSelector(nn.Module):
         images, regions, cells = len(logits), logits[0].numel(), len(parent)
         least = regions + int(self.with_cls)
         if least > self.token_budget:
-            raise ValueError(
-                f'token_budget must be at least {least}, the tokens of an image of {regions} regions that are all '
-                f'coarse, got {self.token_budget}'
+            warnings.warn(
+                f'token_budget of {self.token_budget} cannot be met: an image of {regions} regions has {least} tokens '
+                'if all are coarse',
+                stacklevel=2,
             )
         excess = images * (cells + int(self.with_cls) - self.token_budget)  # tokens that have to go
-        saved = torch.bincount(parent, minlength=regions) - 1  # (regions,), by a region that is coarse
+        cells_of = parent.new_zeros(regions).scatter_add_(0, parent, torch.ones_like(parent))
+        saved = cells_of - 1  # (regions,), by a region that is coarse
         order = logits.flatten().argsort(descending=True, stable=True)  # (B * regions,)
         saved = saved.repeat(images)[order]
         coarse = torch.empty_like(order, dtype=torch.bool)
-        coarse[order] = saved.cumsum(0) - saved < excess  # those before it have not saved enough
+        # Coarse as long as those before it have not saved enough; of one cell at a corner, coarse would save nothing.
+        coarse[order] = (saved.cumsum(0) - saved < excess) & (saved > 0)
         return coarse.view_as(logits)
 
 

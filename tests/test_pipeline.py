@@ -36,18 +36,34 @@ def test_train_logs_validates_and_saves(config):
 
 def test_token_maps_are_drawn_and_change_nothing(config):
     config.val_evaluator = [dict(type='IoUMetric', iou_metrics=['mIoU']), dict(type='TokenMetric')]
-    plain = build_runner(deepcopy(config))
-    metrics = plain.train() and plain.val()
+
+    def toss(runner):
+        """Lets the model use random numbers in evaluation."""
+
+        def hook(module, args, tokens):
+            torch.rand(1)
+
+        runner.model.backbone.select.register_forward_hook(hook)
+        return runner
+
+    plain = toss(build_runner(deepcopy(config)))
+    plain.train()
+    metrics = plain.val()
     config.custom_hooks.append(dict(type='TokenMapHook', interval=2, indices=(0, 2)))
     config.work_dir += '_drawn'
     config.visualizer.name = 'drawn'  # else mmengine gives back the first runner's
     config.visualizer.vis_backends = [dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')]
-    drawn = build_runner(config)
+    drawn = toss(build_runner(config))
     drawn.train()
     for (name, a), b in zip(plain.model.state_dict().items(), drawn.model.state_dict().values()):
         assert torch.equal(a, b), name
     assert drawn.val() == metrics and metrics['msvit/tokens_mean'] >= 10
     (folder,) = Path(config.work_dir).glob('*/vis_data')
+    logged = [
+        [{k: v for k, v in line.items() if k.startswith('msvit/')} for line in scalars(c) if 'mIoU' in line]
+        for c in (plain.cfg, config)
+    ]
+    assert len(logged[0]) == 3 and logged[0] == logged[1]
     pictures = sorted(path.name for path in (folder / 'vis_image').iterdir())
     assert pictures == [f'tokens_{i}_{step}.png' for i in (0, 2) for step in (0, 2, 4)]
     assert cv2.imread(str(folder / 'vis_image/tokens_2_4.png')).shape[1] == 5 * 480

@@ -49,6 +49,8 @@ class Analysis:
         self.model, self.dataset = model, dataset
         self.backbone = find_msvit(model)
         self.classes = list(dataset.metainfo['classes'])
+        if len(self.classes) > IGNORE_INDEX:
+            raise ValueError(f'dataset must have at most {IGNORE_INDEX} classes, got {len(self.classes)}')
         self.regions = Counter()  # of coarse_by_purity
         self.pixels = np.zeros((2, 2, len(self.classes)), int)  # fine or coarse, wrong or right, class of the truth
         self.by_purity = np.zeros((2, len(BINS) - 1), int)  # fine or coarse, bin
@@ -259,7 +261,10 @@ def main() -> None:
     print(f'  of mixed regions    {numbers["coarse_of_mixed"]:.1%}')
     print(f'pixels right, coarse  {percent(numbers["accuracy_coarse"])}')
     print(f'pixels right, fine    {percent(numbers["accuracy_fine"])}')
-    print(f'conditionality        {numbers["conditionality"]:.2f} (0: a static mask; 0.5: half of the images differ)')
+    images = numbers['place']['images']
+    of = '' if images == numbers['images'] else f', over {images} images of one size'
+    spread = f'{numbers["conditionality"]:.2f}'
+    print(f'conditionality        {spread} (0: a static mask; 0.5: half of the images differ){of}')
 
 
 if __name__ == '__main__':

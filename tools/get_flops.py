@@ -173,8 +173,8 @@ def main() -> None:
         show(rows, ['mean', 'p5', 'p50', 'p95', 'dense', 'of dense'], f'{result["images"]} images')
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        record_ = dict(config=args.config, checkpoint=args.checkpoint, shape=args.shape, **result)
-        args.json.write_text(json.dumps(record_, indent=2) + '\n')
+        numbers = dict(config=args.config, checkpoint=args.checkpoint, shape=args.shape, **result)
+        args.json.write_text(json.dumps(numbers, indent=2) + '\n')
 
 
 if __name__ == '__main__':

@@ -57,7 +57,9 @@ def parse(text: str) -> tuple:
 
 def train(config: str, seed: int, folder: Path) -> str:
     """Trains a config with a seed, or goes on where that stopped; the last checkpoint."""
-    done = folder / 'done'
+    done, text = folder / 'done', Config.fromfile(config).pretty_text
+    if done.exists() and done.read_text() != text:
+        raise SystemExit(f'{config} has changed since it was trained in {folder}: take another --out, or remove that')
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
         print(f'training {config}, seed {seed}: {folder}/train.log', flush=True)
@@ -65,7 +67,7 @@ def train(config: str, seed: int, folder: Path) -> str:
         command += ['--resume'] if (folder / 'last_checkpoint').exists() else []
         with open(folder / 'train.log', 'a') as log:
             subprocess.run([*command, '--cfg-options', f'randomness.seed={seed}'], check=True, stdout=log, stderr=log)
-        done.touch()
+        done.write_text(text)
     return (folder / 'last_checkpoint').read_text().strip()
 
 
@@ -75,13 +77,13 @@ class Variant:
     Args:
         run: the model's name, config and checkpoint.
         model: the loaded model; variants of one run share it.
+        heads: counts its neck and head.
         metainfo: of the test set.
         threshold: of the gate; None for a dense ViT.
     """
 
-    def __init__(self, run: Run, model, metainfo: dict, threshold: Optional[float]):
-        self.run, self.model, self.threshold = run, model, threshold
-        self.heads = HeadMacs(model)
+    def __init__(self, run: Run, model, heads: HeadMacs, metainfo: dict, threshold: Optional[float]):
+        self.run, self.model, self.heads, self.threshold = run, model, heads, threshold
         self.iou = IoUMetric(iou_metrics=['mIoU'])
         self.iou.dataset_meta = metainfo
         self.seconds: List[float] = []
@@ -148,9 +150,11 @@ def measure(runs: List[Run], thresholds: List[float], device: str) -> List[dict]
             raise SystemExit(f'{run.config}: wanted an MSViT or VisionTransformer, got {type(model.backbone).__name__}')
         if run.config not in datasets:
             datasets[run.config] = DATASETS.build(Config.fromfile(run.config).test_dataloader.dataset)
-        metainfo = datasets[run.config].metainfo
+        if isinstance(model.backbone, MSViT):
+            model.backbone.select.token_budget = None  # it would take the threshold's place
+        heads, metainfo = HeadMacs(model), datasets[run.config].metainfo
         for threshold in thresholds if isinstance(model.backbone, MSViT) else [None]:
-            variants.append(Variant(run, model, metainfo, threshold))
+            variants.append(Variant(run, model, heads, metainfo, threshold))
     sizes = {config: len(dataset) for config, dataset in datasets.items()}
     if len(set(sizes.values())) > 1:
         raise SystemExit(f'wanted configs with one test set, got sets of {sizes} images')
@@ -161,6 +165,8 @@ def measure(runs: List[Run], thresholds: List[float], device: str) -> List[dict]
         for variant in variants:
             variant.test(data[variant.run.config], counts=i >= 0)  # the first image once more, to warm up
     reference = next((v for v in variants if v.threshold is None), variants[0])
+    print(f'times are ratios to {reference.run.name}', end='')
+    print('' if reference.threshold is None else f' at threshold {reference.threshold:g}')
     return [variant.point(reference) for variant in variants]
 
 
@@ -211,8 +217,8 @@ def draw(found: Dict[str, List[dict]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('runs', nargs='+', type=parse, help='NAME=CONFIG,CHECKPOINT, or NAME=CONFIG to train it')
-    parser.add_argument('--thresholds', nargs='*', type=float, default=[0.1, 0.3, 0.5, 0.7, 0.9])
-    parser.add_argument('--seeds', nargs='*', type=int, default=[0], help='for what is trained')
+    parser.add_argument('--thresholds', nargs='+', type=float, default=[0.1, 0.3, 0.5, 0.7, 0.9])
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='for what is trained')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/tradeoff'), help='folder for results and training')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     args = parser.parse_args()
@@ -224,7 +230,8 @@ def main() -> None:
             runs.append(Run(name, config, checkpoint))
         else:
             for seed in args.seeds:
-                runs.append(Run(name, config, train(config, seed, args.out / name / f'seed_{seed}')))
+                folder = args.out / name / Path(config).stem / f'seed_{seed}'
+                runs.append(Run(name, config, train(config, seed, folder)))
     points = measure(runs, args.thresholds, args.device)
     found = curves(points)
     (args.out / 'tradeoff.json').write_text(json.dumps(dict(points=points, curves=found), indent=2) + '\n')
