@@ -3,7 +3,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SMALL, sample
-from mmseg.registry import HOOKS, MODELS
+from mmengine.config import ConfigDict
+from mmseg.registry import HOOKS, METRICS, MODELS
+
+from mmseg_msvit import MSViT
+from mmseg_msvit.inspection import looking_at, record_tokens
 
 
 def segmentor(**backbone):
@@ -52,3 +56,24 @@ def test_reads_the_loss_of_this_forward_and_no_other():
 def test_wants_one_msvit():
     with pytest.raises(ValueError, match='the model must have one MSViT backbone, got 0'):
         HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=torch.nn.Linear(1, 1)))
+
+
+def test_looking_at_a_model_leaves_it_as_it_was_and_chance_to_itself():
+    slide = ConfigDict(mode='slide', crop_size=(64, 64), stride=(32, 32))
+    model = segmentor(gate=dict(type='RandomGate')).train()
+    model.test_cfg = slide
+    model.backbone.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    metric = METRICS.build(dict(type='TokenMetric'))
+    masks = []
+    for _ in range(3):
+        with looking_at(model), record_tokens(model) as seen:
+            model(torch.randn(1, 3, 128, 128), mode='predict')
+        masks.append(seen[0].coarse)
+        assert len(seen) == 1 and seen[0].grid == (8, 8)  # the whole image
+    assert not all(torch.equal(mask, masks[0]) for mask in masks)
+    assert [module.training for module in model.modules()] == modes and model.test_cfg is slide
+    assert not metric.recorder.passes
+    with pytest.raises(KeyError), looking_at(model):
+        raise KeyError
+    assert model.training and metric.recorder in MSViT.observers
