@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from mmengine.runner import CheckpointLoader
 from mmseg.models.backbones import VisionTransformer
 from torch import Tensor, nn
 
+# mmseg's ViT and CLIP's have none, which is a bias of zero.
+PATCH_BIAS = 'patch_embed.projection.bias'
 # The share of the backbone's own tensors that a checkpoint must have.
 ENOUGH = 0.9
 # What mmengine puts beside the weights of a training checkpoint. Read as empty shells: the weights need none of it.
@@ -118,7 +121,11 @@ def read_checkpoint(path: str) -> dict:
         ValueError: it cannot be read, or wants more than tensors.
     """
     if path.startswith(('http://', 'https://')):
-        return torch.hub.load_state_dict_from_url(path, map_location='cpu', weights_only=True)
+        file = Path(torch.hub.get_dir()) / 'checkpoints' / Path(urlparse(path).path).name
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(path, str(file))  # which moves a whole file there, or none
+        return read_checkpoint(str(file))
     if '://' in path:
         return CheckpointLoader.load_checkpoint(path, map_location='cpu')
     file = Path(path).expanduser()
@@ -305,6 +312,9 @@ def fit(backbone: nn.Module, tensors: Dict[str, Tensor]) -> Tuple[Dict[str, Tens
             fitted[name] = tensor
             if name not in report.resized:
                 report.matched.append(name)
+    if PATCH_BIAS in target and PATCH_BIAS not in renamed:
+        fitted[PATCH_BIAS] = torch.zeros_like(target[PATCH_BIAS])
+        report.resized[PATCH_BIAS] = 'is zero: the source has none'
     report.initial = [name for name in target if name not in fitted]
     own = [name for name in target if not name.startswith(('gate.', 'gate_losses.', 'coarse_detail.'))]
     share = sum(name in fitted for name in own) / len(own)

@@ -10,7 +10,7 @@ from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmseg.registry import HOOKS
 
-from .checkpoint import fit, unwrap
+from .checkpoint import PATCH_BIAS, fit, unwrap
 from .inspection import find_msvit, looking_at, record_tokens
 
 
@@ -29,8 +29,11 @@ class GateLossHook(Hook):
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         (name,) = (name for name, module in model.named_modules() if module is find_msvit(model))
         tensors = unwrap(checkpoint)
-        if f'{name}.layers.0.attn.attn.in_proj_weight' in tensors:
-            return  # a whole model with a backbone of mmseg's names
+        if f'{name}.layers.0.attn.attn.in_proj_weight' in tensors:  # a whole model with a backbone of mmseg's names
+            bias = dict(model.named_parameters()).get(f'{name}.{PATCH_BIAS}')
+            if bias is not None and f'{name}.{PATCH_BIAS}' not in tensors:
+                checkpoint['state_dict'] = {**tensors, f'{name}.{PATCH_BIAS}': torch.zeros_like(bias)}
+            return
         fitted, report = fit(find_msvit(model), tensors)
         print_log(f'load_from: {report}', logger='current')
         rest = {key: tensors[key] for key in model.state_dict() if key in tensors and not key.startswith(f'{name}.')}

@@ -3,6 +3,10 @@
 import re
 import subprocess
 import sys
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from urllib.error import HTTPError
 
 import numpy as np
 import pytest
@@ -313,3 +317,48 @@ def test_converter_writes_what_mmsegs_own_vit_loads(images, tmp_path):
     dense.load_state_dict(torch.load(tmp_path / 'mmseg.pth'), strict=False)
     dense.eval()
     check(dense, timm_features(source, images), images)
+
+
+@pytest.mark.parametrize('how', ['init_cfg', 'load_from'])
+def test_a_dense_segmentor_without_patch_bias_is_not_given_a_random_one(how, images, tmp_path):
+    """mmseg's own ViTs have none; here it is zero, so that features are theirs."""
+    head = dict(type='FCNHead', in_channels=32, channels=8, num_classes=5, in_index=0)
+    dense = dict(type='VisionTransformer', **SHAPE)
+    source = MODELS.build(dict(type='EncoderDecoder', backbone=dense, decode_head=head))
+    randomize(source)
+    torch.save({'state_dict': source.state_dict()}, tmp_path / 'dense.pth')
+    source.backbone.eval()
+    if how == 'init_cfg':
+        backbone = build(tmp_path / 'dense.pth')
+    else:
+        fine = dict(type='MSViT', gate=dict(type='FixedGate', coarse=False), **SHAPE)
+        config = dict(
+            model=dict(type='EncoderDecoder', backbone=fine, decode_head=head),
+            work_dir=str(tmp_path),
+            default_scope='mmseg',
+            experiment_name='no-patch-bias',
+            custom_hooks=[dict(type='GateLossHook')],
+        )
+        runner = Runner.from_cfg(Config(config))
+        runner.load_checkpoint(str(tmp_path / 'dense.pth'))
+        backbone = runner.model.backbone.eval()
+    with torch.no_grad():
+        for a, b in zip(backbone(images), source.backbone(images)):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_an_address_is_downloaded_once_and_read_as_a_file(images, tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    (tmp_path / 'site').mkdir()
+    source = timm_vit()
+    save_file(source.state_dict(), tmp_path / 'site/vit.safetensors')
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / 'site'))
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f'http://127.0.0.1:{server.server_port}/vit.safetensors'
+        check(build(address), timm_features(source, images), images)
+        with pytest.raises(HTTPError):
+            read_checkpoint(address.replace('vit', 'none'))
+        server.shutdown()
+    assert [p.name for p in (tmp_path / 'cache/hub/checkpoints').iterdir()] == ['vit.safetensors']
+    read_checkpoint(address)  # without the server

@@ -1,7 +1,7 @@
 """Time, memory and MACs of a config's MSViT against the dense ViT with the same blocks, and against other configs.
 
     python tools/benchmark.py configs/msvit/segmenter_msvit-s_mask_8xb1-160k_ade20k-512x512.py \\
-        --against mmseg::segmenter/segmenter_vit-s_mask_8xb1-160k_ade20k-512x512.py --gate random:0.5 --json out.json
+        --against DENSE_CONFIG --gate random:0.5 --json out.json
 
 Weights are random, images distinct: those of --images, or drawn street scenes. All variants take turns on the same
 batches (A B C A B C ...), and each ratio is the median of the ratios within a round, with its quartiles: machines are
