@@ -207,7 +207,7 @@ def draw(found: Dict[str, List[dict]], path: Path) -> None:
                         textcoords='offset points', fontsize=8, color=f'C{i}',
                     )  # fmt: skip
         axes.set_xlabel(label)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.03 * axes.get_xlim()[1])
         axes.grid(alpha=0.3)
     panels[0].set_ylabel('mIoU')
     panels[0].legend()
