@@ -1,5 +1,6 @@
 """What several test files need: deterministic randomness, small models, the folder with real data."""
 
+import itertools
 import os
 import socket
 import subprocess
@@ -140,8 +141,13 @@ def config(scenes, tmp_path):
     return config
 
 
+RUNNERS = itertools.count()
+
+
 def build_runner(config, **options):
-    config.merge_from_dict({'experiment_name': f'test-{torch.randint(10**9, ()).item()}-{id(options)}', **options})
+    """A runner with a name and a visualizer of its own: mmengine keeps both by name, and would give back old ones."""
+    name = f'test-{next(RUNNERS)}'
+    config.merge_from_dict({'experiment_name': name, 'visualizer.name': name, **options})
     return Runner.from_cfg(config)
 
 

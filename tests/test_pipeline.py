@@ -51,7 +51,6 @@ def test_token_maps_are_drawn_and_change_nothing(config):
     metrics = plain.val()
     config.custom_hooks.append(dict(type='TokenMapHook', interval=2, indices=(0, 2)))
     config.work_dir += '_drawn'
-    config.visualizer.name = 'drawn'  # else mmengine gives back the first runner's
     config.visualizer.vis_backends = [dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')]
     drawn = toss(build_runner(config))
     drawn.train()
