@@ -7,6 +7,7 @@
 so that a token of weight 0 is seen by nobody and yet its weight has a gradient (an additive mask of -inf has none).
 """
 
+import math
 from typing import List, Optional
 
 import torch
@@ -19,9 +20,11 @@ try:
 except ImportError:
     varlen_attn = None
 
-# Largest exponent of an inactive token against the largest active one: beyond exp(60) only the size, never the sign,
-# of that token's weight gradient is cut off; float32 ends at exp(88).
-MAX_EXPONENT = 60.0
+# Bound on exp(s_ij) / Z_i, an inactive token's odds against all active ones together. The gradient of its weight is
+# proportional to them and would grow as exp(score), while making the token active moves the output by
+# odds / (1 + odds) of the way to its value, and so never by more than 1: beyond 100 the slope says nothing about the
+# effect, and only its sign is kept. Active tokens have odds of at most 1.
+MAX_ODDS = 100.0
 # Elements of a (images, heads, n, n) matrix that the backward pass of the weighted attention holds at a time.
 CHUNK_ELEMENTS = 2**24
 
@@ -76,7 +79,7 @@ def attend_reference(qkv: Tensor, lengths: List[int], weight: Optional[Tensor] =
             attention = score.softmax(-1)
         else:
             w = w.to(score.dtype)
-            attention = w * _exponentials(score, w)
+            attention = w * _odds(score, w)
             attention = attention / attention.sum(-1, keepdim=True)
         attention = F.dropout(attention, dropout).to(v.dtype)
         outputs.append((attention @ v).transpose(0, 1))  # (n, heads, d)
@@ -114,23 +117,22 @@ def _weighted_attention_backward(q, k, v, weight, out, grad, grad_q, grad_k, gra
     scale = q.shape[-1] ** -0.5
     w = weight[:, None, None].to(_accumulate(q))  # (b, 1, 1, n)
     score = (q @ k.transpose(-2, -1)).to(w.dtype).mul_(scale)  # (b, heads, n, n)
-    p = _exponentials(score, w)
-    p /= p @ w.transpose(-2, -1)  # exp(s_ij) / Z_i
-    column = w.transpose(-2, -1).to(q.dtype)  # (b, 1, n, 1)
-    grad_v.copy_((p.to(q.dtype).transpose(-2, -1) @ grad) * column)
+    p = _odds(score, w)  # exp(s_ij) / Z_i
     e = (grad @ v.transpose(-2, -1)).to(w.dtype)
     e -= (grad * out).sum(-1, keepdim=True, dtype=w.dtype)
     e *= p
     grad_weight.copy_(e.sum((1, 2)))
-    e = e.mul_(scale).to(q.dtype)
-    grad_q.copy_(e @ (k * column))
-    grad_k.copy_((e.transpose(-2, -1) @ q) * column)
+    # Weights first, casts later: what is large has the weight zero, and half precision would make it infinite.
+    grad_v.copy_((p.mul_(w).to(q.dtype).transpose(-2, -1)) @ grad)
+    e = e.mul_(w).mul_(scale).to(q.dtype)
+    grad_q.copy_(e @ k)
+    grad_k.copy_(e.transpose(-2, -1) @ q)
 
 
-def _exponentials(score: Tensor, weight: Tensor) -> Tensor:
-    """exp(score - the row's largest active score), bounded where an inactive token's score is far above it."""
-    largest = score.detach().masked_fill(weight == 0, -torch.inf).amax(-1, keepdim=True)
-    return (score - largest).clamp(max=MAX_EXPONENT).exp()
+def _odds(score: Tensor, weight: Tensor) -> Tensor:
+    """exp(s_ij) / sum_p w_p exp(s_ip), at most MAX_ODDS; a row's sum is a constant to autograd."""
+    total = (score.detach() + weight.detach().clamp(min=0).log()).logsumexp(-1, keepdim=True)
+    return (score - total).clamp(max=math.log(MAX_ODDS)).exp()
 
 
 def _has_varlen(qkv: Tensor) -> bool:

@@ -72,6 +72,43 @@ def test_extreme_scores_stay_finite():
         assert out.isfinite().all() and all(g.isfinite().all() for g in grads)
 
 
+def outscored(gap, dtype):
+    """Four tokens in orthogonal directions; the second is inactive and outscores the active ones by the gap."""
+    q = torch.eye(4, dtype=torch.float64)[[0, 0, 0, 0]]
+    k = torch.eye(4, dtype=torch.float64)
+    k[1] = k[0] * (1 + 2 * gap / 8)  # scores are q k / 2
+    v = torch.arange(16, dtype=torch.float64).view(4, 4).cos()
+    qkv = torch.stack((q * 8, k, v), 1)[:, :, None]  # (4, 3, 1, 4)
+    return qkv.to(dtype).requires_grad_(), torch.tensor([1.0, 0, 1, 1], requires_grad=True)
+
+
+@pytest.mark.parametrize('gap', [1.0, 14.0, 40.0, 120.0])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_an_inactive_token_that_outscores_the_others_spoils_no_gradient(gap, dtype):
+    qkv, weight = outscored(gap, dtype)
+    attend(qkv, [4], weight).float().sum().backward()
+    reference, seen = outscored(gap, torch.float64)
+    attend_reference(reference, [4], seen).sum().backward()
+    tolerance = dict(rtol=2e-2, atol=2e-2) if dtype in (torch.float16, torch.bfloat16) else dict(rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(qkv.grad.double(), reference.grad, **tolerance)
+    torch.testing.assert_close(weight.grad, seen.grad, rtol=5e-2, atol=5e-2)
+    assert 0 < weight.grad[1].abs() < 4 * 4 * 2 * attention.MAX_ODDS  # rows * columns * distance of values * odds
+
+
+def test_a_weights_gradient_is_exact_until_its_token_has_a_hundred_times_the_others_attention():
+    for gap in (0.0, 3.0):
+        qkv, weight = outscored(gap, torch.float64)
+        attend_reference(qkv, [4], weight).sum().backward()
+        q, k, v = qkv.detach()[:, :, 0].unbind(1)
+        with torch.no_grad():
+            step = 1e-6
+            outs = []
+            for w in (0.0, step):
+                e = torch.tensor([1.0, w, 1, 1], dtype=torch.float64) * (q @ k.T / 2).exp()
+                outs.append((e / e.sum(-1, keepdim=True) @ v).sum())
+        assert weight.grad[1].item() == pytest.approx(((outs[1] - outs[0]) / step).item(), rel=1e-3)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_images_do_not_see_each_other(lengths):
