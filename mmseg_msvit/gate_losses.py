@@ -5,7 +5,7 @@ Pure functions come first; the registered modules wrap them.
 """
 
 import math
-from typing import Callable, Sequence, Tuple, Union
+from typing import Callable, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.distributed as dist
@@ -29,10 +29,11 @@ def relaxed_bernoulli_cdf(x: Tensor, mean: Tensor, temperature: Tensor) -> Tenso
 
     Args:
         x: values in [0, 1].
-        mean: in (0, 1); F(1/2) = 1 - mean.
+        mean: in [0, 1], clipped to [1e-6, 1 - 1e-6]: a learned one may round to an end, whose logit is infinite;
+            F(1/2) = 1 - mean.
         temperature: positive; towards 0 the mass moves to the ends.
     """
-    return torch.sigmoid(temperature * x.clamp(CLIP, 1 - CLIP).logit() - mean.logit())
+    return torch.sigmoid(temperature * x.clamp(CLIP, 1 - CLIP).logit() - mean.logit(eps=1e-6))
 
 
 def normal_cdf(x: Tensor, mean: Union[float, Tensor], std: Union[float, Tensor]) -> Tensor:
@@ -58,7 +59,8 @@ class _BetaCDF(torch.autograd.Function):
         below = z < (a + 1) / (a + b + 2)
         y = torch.where(below, z, 1 - z)
         p = torch.where(below, torch.full_like(y, a), torch.full_like(y, b))
-        tail = _incomplete_beta(y, p, a + b - p)
+        # It takes O(sqrt(max(a, b))) terms (Numerical Recipes 6.4).
+        tail = _incomplete_beta(y, p, a + b - p, steps=64 + round(8 * math.sqrt(max(a, b))))
         return torch.where(below, tail, 1 - tail).to(x.dtype)
 
     @staticmethod
@@ -70,7 +72,7 @@ class _BetaCDF(torch.autograd.Function):
         return grad * log_density.exp().clamp(1e-3, 100).to(grad.dtype), None, None
 
 
-def _incomplete_beta(x: Tensor, a: Tensor, b: Tensor, steps: int = 64) -> Tensor:
+def _incomplete_beta(x: Tensor, a: Tensor, b: Tensor, steps: int) -> Tensor:
     """Regularised incomplete beta function by its continued fraction (DLMF 8.17.22), evaluated from the tail."""
     fraction = torch.ones_like(x)
     for k in range(steps, 0, -1):
@@ -84,28 +86,48 @@ def _incomplete_beta(x: Tensor, a: Tensor, b: Tensor, steps: int = 64) -> Tensor
     return (a * x.log() + b * torch.log1p(-x) - log_beta).exp() / (a * fraction)
 
 
-def batch_shaping_loss(values: Tensor, cdf: Callable[[Tensor], Tensor]) -> Tensor:
+def batch_shaping_loss(values: Tensor, cdf: Callable[[Tensor], Tensor], present: Optional[Tensor] = None) -> Tensor:
     """Distance of a batch's values from a prior (Bejnordi, Blankevoort and Welling 2020).
 
     The mean over i and k of (i / (N + 1) - F(x_(i)k))^2, where x_(1)k <= ... <= x_(N)k are the values at position k.
 
     Args:
-        values: (N, T), N samples at each of T positions; sorted here.
+        values: (N, T), N samples at each of T positions, in [0, 1]; sorted here.
         cdf: takes the sorted values (N, T) to F of them, (N, T).
+        present: (N,) bool, which samples there are; None stands for all.
 
     Returns:
         Scalar.
     """
-    n = len(values)
-    empirical = torch.arange(1, n + 1, device=values.device) / (n + 1)  # float32, as in the published code
-    return (empirical[:, None] - cdf(values.sort(dim=0).values)).square().mean()
+    if present is None:
+        n, rank = len(values), torch.arange(1, len(values) + 1, device=values.device)
+        empirical = rank / (n + 1)  # (N,) float32, as in the published code
+        return (empirical[:, None] - cdf(values.sort(dim=0).values)).square().mean()
+    # The absent ones sort behind all others: counting them needs no wait for the device.
+    values = torch.where(present[:, None], values, 2.0).sort(dim=0).values  # (N, T)
+    n, rank = present.sum(), torch.arange(1, len(values) + 1, device=values.device)
+    distance = ((rank / (n + 1))[:, None] - cdf(values)).square() * (rank <= n)[:, None]
+    return distance.sum() / (n * values.shape[1])
 
 
 def gather_batch(values: Tensor) -> Tensor:
-    """Concatenates (n, ...) over all ranks to (ranks * n, ...), with gradient. Every rank must have the same shape."""
+    """Concatenates (n, ...) over all ranks to (sum of n, ...), with gradient. Ranks may differ in n and in no more.
+
+    Raises:
+        ValueError: on every rank, if they differ in the other dimensions. The message has all shapes.
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return values
-    return torch.cat(dist_fn.all_gather(values.contiguous()))
+    shape = torch.tensor(values.shape, device=values.device)
+    shapes = [torch.empty_like(shape) for _ in range(dist.get_world_size())]
+    dist.all_gather(shapes, shape)
+    shapes = [tuple(s.tolist()) for s in shapes]
+    if len({s[1:] for s in shapes}) > 1:
+        raise ValueError(f'this loss compares places of the region grid: all ranks must have the same, got {shapes}')
+    most = max(s[0] for s in shapes)
+    padded = torch.cat((values, values.new_zeros(most - len(values), *values.shape[1:])))
+    parts = dist_fn.all_gather(padded.contiguous())
+    return torch.cat([part[: s[0]] for part, s in zip(parts, shapes)])
 
 
 class GateLoss(BaseModule):
@@ -117,6 +139,9 @@ class GateLoss(BaseModule):
         loss_weight: factor of this loss in the total.
         loss_name: its key in the log is ``gate.`` and this name, which must contain "loss" to be counted.
     """
+
+    # Whether the loss reads the ground truth of data_samples: then it must be known which image each belongs to.
+    reads_labels = False
 
     def __init__(self, grid: Tuple[int, int], region: int, loss_weight: float, loss_name: str):
         super().__init__()
@@ -138,8 +163,9 @@ class GeneralizedBatchShapingLoss(GateLoss):
 
     The means themselves follow a Gaussian hyperprior, so that the gate may learn that skies are at the top. The
     priors live on the base grid and are interpolated to that of the images. The batches of segmentation are small:
-    the empirical CDF is taken over all ranks and a memory of earlier values. The memory is not part of a checkpoint;
-    it starts anew when training resumes and when the images' region grid changes.
+    the empirical CDF is taken over all ranks and a memory of earlier values, which is part of a checkpoint. The gate's
+    gradient is as large as it would be without a memory, whose values have none. Ranks may differ in their number of
+    images, not in their region grid.
 
     Args:
         target_coarse: mean of the hyperprior: the wanted share of coarse regions.
@@ -147,7 +173,7 @@ class GeneralizedBatchShapingLoss(GateLoss):
         temperature: first temperature of the priors.
         temperature_weight: factor of the penalty mean(tau^2), which keeps the priors bimodal; chosen here.
         hyperprior_weight: factor of the hyperprior's loss; chosen here.
-        memory_size: how many earlier maps (hc, wc) are kept, detached; chosen here.
+        memory_size: how many earlier maps are kept, each on the base grid by nearest neighbours; chosen here.
     """
 
     def __init__(
@@ -183,21 +209,38 @@ class GeneralizedBatchShapingLoss(GateLoss):
         mean = target_coarse + spread * math.sqrt(2) * torch.erfinv(2 * quantile - 1)
         self.prior_mean_logit = nn.Parameter(mean.clamp(0.02, 0.98).logit().float().view(1, 1, *self.grid))
         self.prior_log_temperature = nn.Parameter(torch.full((1, 1, *self.grid), math.log(temperature)))
-        self.register_buffer('memory', torch.empty(0, 0, 0), persistent=False)
+        # (memory_size, gh, gw), latest first; -1 where nothing has been seen yet. Of one shape always: averaging hooks
+        # and checkpoints copy buffers into each other.
+        self.register_buffer('memory', torch.full((memory_size, *self.grid), -1.0))
+        self.register_load_state_dict_pre_hook(GeneralizedBatchShapingLoss._fit_loaded_memory)
 
     def forward(self, logits: Tensor, data_samples: Sequence = ()) -> Tensor:
-        m = gather_batch(logits.sigmoid())  # (ranks * B, hc, wc)
-        values = m
-        if self.memory.shape[1:] == m.shape[1:]:
-            values = torch.cat((m, self.memory))  # (N, hc, wc)
-        self.memory = values[: self.memory_size].detach()
+        m = gather_batch(logits.sigmoid())  # (n, hc, wc), of all ranks
         means = self.prior_mean_logit.sigmoid()
         temperatures = self.prior_log_temperature.exp()
         mean, temperature = (self._at(prior, m.shape[1:]) for prior in (means, temperatures))  # (hc * wc,)
-        prior = batch_shaping_loss(values.flatten(1), lambda x: relaxed_bernoulli_cdf(x, mean, temperature))
+        present = torch.cat((torch.ones_like(m[:, 0, 0]), self.memory[:, 0, 0])) >= 0  # (n + memory_size,)
+        # The mean below is over all values: the live ones get back what their share of it takes from their gradient.
+        scaled = m + (m - m.detach()) * (present.sum() / len(m) - 1)
+        values = torch.cat((scaled, self._nearest(self.memory, m.shape[1:])))  # (n + memory_size, hc, wc)
+        prior = batch_shaping_loss(values.flatten(1), lambda x: relaxed_bernoulli_cdf(x, mean, temperature), present)
+        self.memory.copy_(torch.cat((self._nearest(m.detach(), self.grid), self.memory))[: self.memory_size])
         hyperprior = batch_shaping_loss(means.view(-1, 1), lambda x: normal_cdf(x, self.target_coarse, self.spread))
         penalty = temperatures.square().mean()
         return self.loss_weight * (prior + self.hyperprior_weight * hyperprior + self.temperature_weight * penalty)
+
+    def _fit_loaded_memory(self, state_dict: dict, prefix: str, *args) -> None:
+        """Before any ``load_state_dict``: a memory of another size or grid is cut, filled up and resampled."""
+        loaded = state_dict.get(f'{prefix}memory', self.memory[:0])
+        maps = self._nearest(loaded.to(self.memory), self.grid)
+        state_dict[f'{prefix}memory'] = torch.cat((maps, torch.full_like(self.memory, -1)))[: self.memory_size]
+
+    @staticmethod
+    def _nearest(maps: Tensor, grid: Tuple[int, int]) -> Tensor:
+        """Maps (n, gh, gw) on another grid, whose values stay those of a distribution: none is a mixture."""
+        if not len(maps):
+            return maps.new_empty(0, *grid)
+        return F.interpolate(maps[None], size=tuple(grid), mode='nearest-exact')[0]
 
     @staticmethod
     def _at(prior: Tensor, grid: Tuple[int, int]) -> Tensor:
@@ -230,7 +273,7 @@ class BatchShapingLoss(GateLoss):
         self.a, self.b = a, b
 
     def forward(self, logits: Tensor, data_samples: Sequence = ()) -> Tensor:
-        values = gather_batch(logits.sigmoid()).view(-1, 1)  # (ranks * B * hc * wc, 1)
+        values = gather_batch(logits.sigmoid().flatten())[:, None]  # (N, 1), regions of all images of all ranks
         return self.loss_weight * batch_shaping_loss(values, lambda x: beta_cdf(x, self.a, self.b))
 
 
@@ -256,7 +299,7 @@ class TokenBudgetLoss(GateLoss):
         self.target_coarse = target_coarse
 
     def forward(self, logits: Tensor, data_samples: Sequence = ()) -> Tensor:
-        return self.loss_weight * (gather_batch(logits.sigmoid()).mean() - self.target_coarse).square()
+        return self.loss_weight * (gather_batch(logits.sigmoid().flatten()).mean() - self.target_coarse).square()
 
 
 @MODELS.register_module()
@@ -267,8 +310,11 @@ class PurityLoss(GateLoss):
 
     Args:
         purity: a region counts as of one class if at least this share of its labelled pixels is.
-        ignore_index: label of the pixels that do not count. Regions without a labelled pixel have no part in the loss.
+        ignore_index: label of the pixels that do not count, any integer. Regions without a labelled pixel
+            have no part in the loss.
     """
+
+    reads_labels = True
 
     def __init__(
         self,
@@ -288,6 +334,10 @@ class PurityLoss(GateLoss):
     def forward(self, logits: Tensor, data_samples: Sequence) -> Tensor:
         if not data_samples or any('gt_sem_seg' not in sample for sample in data_samples):
             raise ValueError('PurityLoss needs data_samples with gt_sem_seg: train it in a segmentor, or leave it out')
+        if len(data_samples) != len(logits):
+            raise ValueError(
+                f'PurityLoss wanted as many data_samples as images, got {len(data_samples)} for {len(logits)}'
+            )
         labels = torch.stack([sample.gt_sem_seg.data[0] for sample in data_samples])  # (B, H, W)
         share, labelled = region_purity(labels, logits.shape[1:], self.region, self.ignore_index)
         target = (share >= self.purity).to(logits.dtype)
@@ -301,7 +351,7 @@ def region_purity(
     """Share of the commonest class among the labelled pixels of each region.
 
     Args:
-        labels: (B, H, W) integers in [0, 255], no larger than the region grid.
+        labels: (B, H, W) integers, no larger than the region grid.
         grid: (hc, wc).
         region: pixels along a region's side.
         ignore_index: label of unlabelled pixels.
@@ -315,10 +365,11 @@ def region_purity(
         raise ValueError(
             f'grid {tuple(grid)} of {region}-pixel regions does not cover labels of (H, W) = {tuple(labels.shape[1:])}'
         )
-    padded = F.pad(labels, (0, right, 0, below), value=ignore_index)
-    pixels = patchify(padded[:, None], region).long()  # (B, hc, wc, R * R)
-    counts = torch.zeros(*pixels.shape[:3], 256, device=labels.device)
-    counts.scatter_add_(-1, pixels, torch.ones_like(pixels, dtype=counts.dtype))
-    counts[..., ignore_index] = 0
-    total = counts.sum(-1)  # (B, hc, wc)
-    return counts.amax(-1) / total.clamp(min=1), total > 0
+    padded = F.pad(labels.long(), (0, right, 0, below), value=ignore_index)
+    pixels = patchify(padded[:, None], region).sort(-1).values  # (B, hc, wc, R * R), equal ones side by side
+    place = torch.arange(pixels.shape[-1], device=labels.device)
+    begins = F.pad(pixels[..., 1:] != pixels[..., :-1], (1, 0), value=True)
+    run = place - (place * begins).cummax(-1).values + 1  # length of the run of equal labels up to each pixel
+    labelled = pixels != ignore_index
+    total = labelled.sum(-1)  # (B, hc, wc)
+    return (run * labelled).amax(-1) / total.clamp(min=1), total > 0

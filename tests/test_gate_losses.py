@@ -1,10 +1,13 @@
+import itertools
 import json
+import math
 
 import pytest
 import scipy.stats
 import torch
 import torch.distributed as dist
 from conftest import sample
+from mmengine.model import ExponentialMovingAverage, StochasticWeightAverage
 from mmseg.registry import MODELS
 from torch.autograd import gradcheck
 
@@ -51,7 +54,9 @@ def test_losses_equal_the_published_ones(case, shared):
     check(m.grad, 'bas_flat_grad_gate', rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('a, b', [(0.6, 0.4), (2.0, 5.0), (1.0, 1.0), (0.05, 3.0), (40.0, 7.0)])
+@pytest.mark.parametrize(
+    'a, b', [(0.6, 0.4), (2.0, 5.0), (1.0, 1.0), (0.05, 3.0), (40.0, 7.0), (1e4, 1e4), (3e5, 20.0)]
+)
 def test_beta_cdf_is_scipys(a, b):
     x = torch.linspace(0.001, 0.999, 501, dtype=torch.float64, requires_grad=True)
     out = beta_cdf(x, a, b)
@@ -120,10 +125,66 @@ def test_memory_makes_small_batches_a_larger_sample():
     for part in maps.split(2):
         last = remembering(part)
     torch.testing.assert_close(last, whole)
-    assert len(remembering.memory) == 6
-    remembering(torch.randn(2, 2, 2))  # another region grid: it starts anew
-    assert remembering.memory.shape == (2, 2, 2)
-    assert 'memory' not in remembering.state_dict()
+    remembered = remembering.memory.clone()
+    assert torch.equal(remembered, torch.cat([part.sigmoid() for part in maps[2:].split(2)][::-1]))
+    remembering(torch.randn(2, 2, 2))  # another region grid: kept by nearest neighbours, of which none is a mixture
+    assert torch.equal(remembering.memory[2:], remembered[:4])
+    assert len(remembering.memory[0].unique()) == 4
+
+
+@pytest.mark.parametrize('batch', [1, 2, 8])
+def test_memory_leaves_the_gates_gradient_as_large_as_without_one(batch):
+    """On average over many batches: the rank of one value among others is a matter of chance."""
+    gate, prior = [], []
+    for memory in (0, 64):
+        loss = build('GeneralizedBatchShapingLoss', memory_size=memory, hyperprior_weight=0)
+        logits = (2 + 0.1 * torch.randn(192, 4, 4, generator=torch.Generator().manual_seed(1))).requires_grad_()
+        for i, part in enumerate(logits.split(batch)):
+            if i * batch == 128:  # the memory is full: what comes now counts
+                loss.zero_grad()
+            loss(part).backward()
+        gate.append(logits.grad[128:].mean().item())
+        prior.append(loss.prior_mean_logit.grad.mean().item())
+    assert gate[0] > 0 and gate[1] == pytest.approx(gate[0], rel=0.1)
+    assert prior[1] == pytest.approx(prior[0], rel=0.1)
+
+
+def test_memory_is_kept_in_a_checkpoint_of_any_size():
+    loss = build('GeneralizedBatchShapingLoss', memory_size=4)
+    loss(torch.randn(3, 4, 4))
+    state = {name: value.clone() for name, value in loss.state_dict().items()}
+    resumed = build('GeneralizedBatchShapingLoss', memory_size=4)
+    resumed.load_state_dict(state)
+    logits = torch.randn(2, 4, 4)
+    assert torch.equal(resumed(logits), loss(logits))
+    smaller = build('GeneralizedBatchShapingLoss', memory_size=2)
+    smaller.load_state_dict(state)
+    assert torch.equal(smaller.memory, state['memory'][:2])
+    other = MODELS.build(dict(type='GeneralizedBatchShapingLoss', grid=(2, 3), memory_size=6))
+    other.load_state_dict({'memory': state['memory']}, strict=False)
+    assert (other.memory[:, 0, 0] >= 0).tolist() == [True] * 3 + [False] * 3
+    del state['memory']  # of a checkpoint from before there was one
+    fresh = build('GeneralizedBatchShapingLoss', memory_size=4)
+    fresh.load_state_dict(state)
+    assert (fresh.memory == -1).all()
+
+
+def test_memory_keeps_its_shape_under_averaging():
+    source = build('GeneralizedBatchShapingLoss', memory_size=3)
+    averaged = ExponentialMovingAverage(source, momentum=0.1), StochasticWeightAverage(source, update_buffers=True)
+    for _ in range(3):
+        source(torch.randn(2, 4, 4))
+        for model in averaged:
+            model.update_parameters(source)
+    assert torch.equal(averaged[0].module.memory, source.memory)
+
+
+def test_a_saturated_prior_has_a_finite_gradient():
+    loss = build('GeneralizedBatchShapingLoss', memory_size=0)
+    with torch.no_grad():
+        loss.prior_mean_logit[0, 0, 0] = torch.tensor([20.0, -120.0, 0, 3])
+    loss(torch.randn(2, 4, 4)).backward()
+    assert loss.prior_mean_logit.grad.isfinite().all()
 
 
 def test_budget_and_fixed_prior_pull_towards_their_target():
@@ -157,9 +218,32 @@ def test_purity_loss_orients_the_logits_and_leaves_unlabelled_regions_alone():
     assert uniform < 0 < mixed and unlabelled == 0
 
 
+@pytest.mark.parametrize('ignore', [255, -100, -1, 156, 1000])
+def test_purity_takes_any_class_and_any_ignored_label(ignore):
+    labels = torch.full((1, 40, 32), 300)  # 24 rows of padding below
+    labels[0, :16, :16] = 156
+    labels[0, 32:, :24] = ignore
+    share, labelled = region_purity(labels, (2, 1), 32, ignore)
+    assert share.flatten().tolist() == [1.0 if ignore == 156 else 0.75, 1.0] and labelled.all()
+    labels = labels % 256  # as labels come from a PNG file
+    share, _ = region_purity(labels.to(torch.uint8), (2, 1), 32, ignore % 256)
+    assert share[0, 0, 0] == (1.0 if ignore % 256 == 156 else 0.75)
+
+
+def test_purity_is_the_count_of_the_commonest_class():
+    labels = torch.randint(0, 5, (2, 64, 96))
+    labels[labels == 4] = 255
+    share, labelled = region_purity(labels, (2, 3), 32)
+    for b, y, x in itertools.product(range(2), range(2), range(3)):
+        counts = labels[b, 32 * y : 32 * y + 32, 32 * x : 32 * x + 32].flatten().bincount(minlength=256)[:255]
+        assert share[b, y, x] == counts.max() / counts.sum() and labelled[b, y, x]
+
+
 def test_purity_loss_without_ground_truth_says_so():
     with pytest.raises(ValueError, match='PurityLoss needs data_samples with gt_sem_seg'):
         build('PurityLoss')(torch.zeros(1, 1, 1), [])
+    with pytest.raises(ValueError, match='as many data_samples as images, got 2 for 1'):
+        build('PurityLoss')(torch.zeros(1, 1, 1), [sample(torch.zeros(32, 32))] * 2)
 
 
 @pytest.mark.parametrize(
@@ -202,3 +286,37 @@ def test_two_ranks_are_one_batch(free_port):
         assert abs(value - out.item()) < 1e-6
         torch.testing.assert_close(grad, logits.grad[3 * rank : 3 * rank + 3])
         torch.testing.assert_close(prior_grad, loss.prior_mean_logit.grad)
+
+
+def _unequal_ranks(rank, port, results):
+    dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
+    found = {}
+    for name, shapes in (('images', ((1, 4, 4), (3, 4, 4))), ('grid', ((2, 4, 4), (2, 3, 5)))):
+        for kind in ('BatchShapingLoss', 'TokenBudgetLoss', 'GeneralizedBatchShapingLoss'):
+            logits = torch.linspace(-1, 1, math.prod(shapes[rank])).view(shapes[rank]).requires_grad_()
+            try:
+                out = build(kind)(logits)
+                out.backward()
+                found[kind, name] = out.item(), logits.grad / 2
+            except ValueError as error:
+                found[kind, name] = str(error)
+    results[rank] = found
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_of_unequal_shapes(free_port):
+    results = torch.multiprocessing.Manager().dict()
+    torch.multiprocessing.spawn(_unequal_ranks, (free_port, results), nprocs=2)
+    said = 'all ranks must have the same, got [(2, 4, 4), (2, 3, 5)]'
+    assert all(said in results[rank]['GeneralizedBatchShapingLoss', 'grid'] for rank in range(2))
+    for kind in ('BatchShapingLoss', 'TokenBudgetLoss', 'GeneralizedBatchShapingLoss'):
+        parts = [torch.linspace(-1, 1, 16 * images).view(images, 4, 4) for images in (1, 3)]
+        logits = torch.cat(parts).requires_grad_()
+        out = build(kind)(logits)
+        out.backward()
+        for rank, grad in enumerate(logits.grad.split([1, 3])):
+            value, got = results[rank][kind, 'images']
+            assert value == pytest.approx(out.item(), abs=1e-6)
+            torch.testing.assert_close(got, grad)
+    assert results[0]['TokenBudgetLoss', 'grid'][0] == results[1]['TokenBudgetLoss', 'grid'][0]
