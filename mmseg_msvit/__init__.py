@@ -1,6 +1,7 @@
 """MSViT for MMSegmentation. Importing it registers all that :data:`__all__` names in mmseg's registries."""
 
 from .backbone import MSViT
+from .beit import MSMAE, MSBEiT
 from .gate_losses import (
     BatchShapingLoss,
     GeneralizedBatchShapingLoss,
@@ -20,6 +21,8 @@ __all__ = [
     'GateLossHook',
     'GeneralizedBatchShapingLoss',
     'MLPGate',
+    'MSBEiT',
+    'MSMAE',
     'MSViT',
     'MSViTLayerDecayConstructor',
     'PurityLoss',

@@ -8,7 +8,7 @@ so that a token of weight 0 is seen by nobody and yet its weight has a gradient 
 """
 
 import math
-from typing import List, Optional
+from typing import Callable, List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ def attend(
     weight: Optional[Tensor] = None,
     dropout: float = 0.0,
     cu_seqlens: Optional[Tensor] = None,
+    bias: Optional[Callable[[int], Tensor]] = None,
 ) -> Tensor:
     """Multi-head self-attention inside each image of a pack, fused.
 
@@ -48,10 +49,14 @@ def attend(
             any (n, n) matrix from the forward pass.
         dropout: probability of dropping an attention weight.
         cu_seqlens: (B + 1,) int32, the row where each image begins, and N, on the pack's device.
+        bias: takes an image's number to what is added to its scores, (heads, n, n). Images then go one by one, those
+            with weights through :func:`attend_reference`.
 
     Returns:
         (N, heads, d).
     """
+    if bias is not None:
+        return _attend_biased(qkv, lengths, weight, dropout, bias)
     if weight is None and dropout == 0 and cu_seqlens is not None and _has_varlen(qkv):
         return varlen_attn(*qkv.unbind(1), cu_seqlens, cu_seqlens, max(lengths), max(lengths))
     if weight is not None and dropout > 0:
@@ -68,13 +73,32 @@ def attend(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def attend_reference(qkv: Tensor, lengths: List[int], weight: Optional[Tensor] = None, dropout: float = 0.0) -> Tensor:
+def _attend_biased(qkv, lengths, weight, dropout, bias) -> Tensor:
+    if weight is not None:
+        return attend_reference(qkv, lengths, weight, dropout, bias)
+    outputs = []
+    for image, part in enumerate(qkv.split(lengths)):
+        q, k, v = part.permute(1, 2, 0, 3)[:, None]  # 3 x (1, heads, n, d)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias(image).to(q.dtype)[None], dropout_p=dropout)
+        outputs.append(out[0].transpose(0, 1))  # (n, heads, d)
+    return torch.cat(outputs)
+
+
+def attend_reference(
+    qkv: Tensor,
+    lengths: List[int],
+    weight: Optional[Tensor] = None,
+    dropout: float = 0.0,
+    bias: Optional[Callable[[int], Tensor]] = None,
+) -> Tensor:
     """The definition of :func:`attend`, image by image, by plain tensor operations."""
     weights = [None] * len(lengths) if weight is None else weight.split(lengths)
     outputs = []
-    for image, w in zip(qkv.split(lengths), weights):
+    for number, (image, w) in enumerate(zip(qkv.split(lengths), weights)):
         q, k, v = image.permute(1, 2, 0, 3)  # 3 x (heads, n, d)
         score = (q @ k.transpose(-2, -1)).to(_accumulate(q)) * q.shape[-1] ** -0.5  # (heads, n, n)
+        if bias is not None:
+            score = score + bias(number)
         if w is None:
             attention = score.softmax(-1)
         else:

@@ -1,116 +1,155 @@
-"""MSViT: mmseg's vision transformer over tokens of two scales.
+"""MSViT: a library's plain vision transformer over tokens of several scales.
 
-The way of an image: ``gate`` gives a logit for each region, ``select`` turns logits into a :class:`TokenBatch`,
-``embed`` makes the tokens, the blocks run over the pack, and ``TokenBatch.to_grid`` puts them back on the dense grid.
+The way of an image: gates give a logit for each region and ``select`` turns them into a :class:`TokenMap`
+(``tokenize``), ``embed`` makes the tokens, the blocks run over the pack, ``TokenMap.to_grid`` puts them back on the
+dense grid.
 """
 
+import warnings
+from functools import lru_cache, partial
 from typing import ClassVar, Dict, List, Optional, Sequence, Tuple, Union
 from weakref import WeakSet
 
 import torch
-import torch.nn.functional as F
-from mmcv.cnn.bricks import DropPath
 from mmengine.logging import print_log
 from mmseg.models.backbones import VisionTransformer
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import attend, attend_reference, drop_path
+from .blocks import Places, block_of
 from .checkpoint import fit, read_checkpoint, resample_positions, unwrap
-from .embedding import Grid, area_mean, pad_to_regions, patchify, position_tables
+from .embedding import CoarseDetail, PatchRows, area_mean, pad_to_regions, patchify
 from .gate_losses import GateLoss
 from .gates import Gate
-from .tokens import TokenBatch, TokenSelector, raise_not_finite, region_grid
+from .positions import rotary, table_positions
+from .tokens import Decision, Grid, TokenMap, TokenSelector, raise_not_finite, region_grid
 
 COARSE_EMBED = ('resize', 'resize+detail')
+FFN_TYPES = ('mlp', 'swiglu')
+ROPES = (None, 'dinov3', 'eva02')
 
 
-@MODELS.register_module()
-class MSViT(VisionTransformer):
-    """Vision transformer with dynamic mixed-scale tokens (Havtorn et al. 2023, arXiv:2307.02321).
+class MixedScale:
+    """What turns a library's plain ViT into one over tokens of several scales; to be inherited before it.
 
-    Takes every argument of mmseg's :class:`VisionTransformer`, with its defaults except ``patch_bias=True``, and
-    returns what it returns: a tuple with (B, embed_dims, h, w) for each of ``out_indices``, h = ceil(H / patch_size).
-    Its state dict has mmseg's keys, and those of the gate and the gate losses.
+    The library's class makes patch embedding, cls token, positions, encoder layers and norms, with its own constructor
+    and names. Three methods are there for others to override: :meth:`tokenize` (a tokeniser of one's own),
+    :meth:`between` (a reducer of tokens), :meth:`position` and :meth:`places` (another way of saying where a token is).
 
     Args:
-        scales: pixels along the side of a fine and of a coarse token; the second a multiple of the first.
-        gate: config of the gate.
+        scales: pixels along a token's side at each level, the finest first, each a multiple of the one before. The
+            first is ``patch_size``.
+        gate: config of the gate; each coarse level has one of its own, built from it.
         gate_loss: config, or list of configs, of the losses that train the gate; None for none. They are added to the
-            segmentor's losses by ``GateLossHook``. A gate without trainable parameters gets none.
+            segmentor's losses by ``GateLossHook``. A gate without trainable parameters gets none. Each coarse level has
+            its own, those of coarser levels than the first with ``_2``, ``_3`` after their names.
         train_tokens: which tokens a training step computes while the gate learns, see :class:`TokenSelector`.
-        coarse_embed: ``'resize'`` embeds the area mean of a region; ``'resize+detail'`` adds a convolution, at first
-            zero, of the embeddings of its cells (chosen here, after adaptive patch transformers).
-        patch_bias: whether the patch embedding has a bias, as those of timm, DeiT and AugReg have.
+        coarse_embed: ``'resize'`` embeds the area mean of a region; ``'resize+detail'`` adds a :class:`CoarseDetail`.
         token_budget: at test time, the mean number of tokens that the images of a forward pass may have, in place of
             the gate's threshold; see :class:`TokenSelector`.
-        **kwargs: of :class:`mmseg.models.backbones.VisionTransformer`.
+        num_register_tokens: learned tokens after cls without a position, as DINOv2 and DINOv3 have.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
     """
 
-    # Called with (backbone, tokens) at each forward pass of any MSViT in evaluation mode, and held weakly. An
+    # Called with (backbone, tokens) at each forward pass of any MixedScale in evaluation mode, and held weakly. An
     # evaluator's metric is built without the model: this is how it sees the tokens.
     observers: ClassVar[WeakSet] = WeakSet()
+
+    # What the library's class may lack.
+    with_cls_token = True
+    output_cls_token = False
+    out_origin = False
+    pre_norm = False
+    with_cp = False
+    interpolate_mode = 'bicubic'
 
     def __init__(
         self,
         *args,
-        scales: Tuple[int, int] = (16, 32),
+        scales: Sequence[int] = (16, 32),
         gate: Optional[dict] = None,
         gate_loss: Union[dict, List[dict], None] = 'default',
         train_tokens: str = 'trimmed',
         coarse_embed: str = 'resize',
-        patch_bias: bool = True,
         token_budget: Optional[float] = None,
+        num_register_tokens: int = 0,
         **kwargs,
     ):
-        super().__init__(*args, patch_bias=patch_bias, **kwargs)
-        fine, coarse = _check_scales(scales, self.patch_size)
-        if getattr(self.patch_embed.adap_padding, 'padding', None) != 'corner':
-            raise ValueError("patch_pad must be 'corner': the grid of regions begins at the image's corner")
+        super().__init__(*args, **kwargs)
+        self.scales = _check_scales(scales, self.patch_size)
+        self.sides = tuple(scale // self.patch_size for scale in self.scales)
         if coarse_embed not in COARSE_EMBED:
             raise ValueError(f'coarse_embed must be one of {COARSE_EMBED}, got {coarse_embed!r}')
         self.in_channels = self.patch_embed.projection.in_channels
         self.embed_dims = self.patch_embed.embed_dims
-        self.region = coarse
-        self.side = coarse // fine
-        self.table = self.img_size[0] // fine, self.img_size[1] // fine
+        self.patch_embed = PatchRows(self.patch_embed)
+        if not hasattr(self, 'drop_after_pos'):
+            self.drop_after_pos = nn.Identity()
+        self.table = self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
+        self.register_tokens = None
+        if num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.zeros(1, num_register_tokens, self.embed_dims))
         if not self.with_cls_token:
             self.cls_token.requires_grad_(False)  # it is kept for the state dict's sake only
 
-        grid = region_grid(self.table, self.side)
-        shape = dict(in_channels=self.in_channels, region=coarse, grid=grid, embed_dims=self.embed_dims)
-        self.gate = _build('gate', gate or dict(type='MLPGate'), Gate, **shape)
+        gates = []
+        shapes = [(scale, region_grid(self.table, side)) for scale, side in zip(self.scales[1:], self.sides[1:])]
+        for level, (scale, grid) in enumerate(shapes, 1):
+            shape = dict(in_channels=self.in_channels, region=scale, grid=grid, embed_dims=self.embed_dims)
+            gates.append(_build('gate', _gate_of_level(gate or dict(type='MLPGate'), level), Gate, **shape))
+        self.gate = gates[0]
+        if len(gates) > 1:
+            self.coarser_gates = nn.ModuleList(gates[1:])
         self.gate_losses = nn.ModuleList()
         if self.gate_learns:
             if gate_loss == 'default':
                 gate_loss = dict(type='GeneralizedBatchShapingLoss')
-            for cfg in [gate_loss] if isinstance(gate_loss, dict) else gate_loss or []:
-                self.gate_losses.append(_build('gate_loss', cfg, GateLoss, grid=grid, region=coarse))
+            configs = [gate_loss] if isinstance(gate_loss, dict) else gate_loss or []
+            for level, (scale, grid) in enumerate(shapes, 1):
+                for cfg in configs:
+                    self.gate_losses.append(_build('gate_loss', cfg, GateLoss, grid=grid, region=scale, level=level))
         names = [loss.loss_name for loss in self.gate_losses]
         if len(set(names)) < len(names):
             raise ValueError(f'gate_loss: each loss needs a loss_name of its own, got {names}')
+        prefix = int(self.with_cls_token) + num_register_tokens
         self.select = TokenSelector(
-            self.side, train_tokens, self.gate.temperature, self.gate.threshold, self.with_cls_token, token_budget
+            self.sides, train_tokens, self.gate.temperature, self.gate.threshold, prefix, token_budget
         )
         self.coarse_detail = None
         if coarse_embed == 'resize+detail':
-            self.coarse_detail = nn.Conv2d(self.embed_dims, self.embed_dims, self.side, self.side)
-            self._init_detail()
-        self.register_load_state_dict_pre_hook(MSViT._resample_loaded_positions)
-        # The one slot between a training forward and its gate losses; pop_gate_losses empties it.
-        self._gated: Optional[TokenBatch] = None
+            self.coarse_detail = CoarseDetail(self.embed_dims, self.sides[1])
+            if len(self.sides) > 2:
+                self.coarser_details = nn.ModuleList(CoarseDetail(self.embed_dims, side) for side in self.sides[2:])
+        self.layers = nn.ModuleList(self._block(layer) for layer in self.layers)
+        self.register_load_state_dict_pre_hook(MixedScale._resample_loaded_positions)
+        # Between a training forward and its gate losses; pop_gate_losses empties it. It holds a step's forwards while
+        # a hook collects them, else the last one.
+        self._gated: List[Tuple[TokenMap, Decision]] = []
+        self._collecting = False
+
+    def _block(self, layer: nn.Module) -> nn.Module:
+        return block_of(layer)
+
+    @property
+    def gates(self) -> List[Gate]:
+        """One for each coarse level, the finest first."""
+        return [self.gate, *getattr(self, 'coarser_gates', ())]
+
+    @property
+    def details(self) -> List[CoarseDetail]:
+        """One for each coarse level, the finest first; none with ``coarse_embed='resize'``."""
+        return [] if self.coarse_detail is None else [self.coarse_detail, *getattr(self, 'coarser_details', ())]
 
     @property
     def gate_learns(self) -> bool:
-        """Whether the gate has a trainable parameter."""
-        return any(p.requires_grad for p in self.gate.parameters())
+        """Whether a gate has a trainable parameter."""
+        return any(p.requires_grad for gate in self.gates for p in gate.parameters())
 
     def init_weights(self) -> None:
-        """As mmseg's ViT; a gate, and the detail of the coarse embedding, keep their own first values.
+        """As the library's ViT; gates, and what else is not the library's, keep their own first values.
 
         A checkpoint that ``init_cfg`` or ``pretrained`` names may be of any layout that :mod:`.checkpoint` knows; the
         log says what was made of it.
@@ -123,11 +162,16 @@ class MSViT(VisionTransformer):
             self.load_state_dict(tensors, strict=False)
             print_log(f'{self.init_cfg["checkpoint"]}: {report}', logger='current')
             if self.gate.init_cfg is not None:  # a gate of its own takes precedence
-                self.gate.init_weights()
+                for gate in self.gates:
+                    gate.init_weights()
         else:
             super().init_weights()
-            self.gate.init_weights()
-            self._init_detail()
+            for gate in self.gates:
+                gate.init_weights()
+            for detail in self.details:
+                detail.reset_parameters()
+            if self.register_tokens is not None:
+                nn.init.normal_(self.register_tokens, std=1e-6)
 
     def _resample_loaded_positions(self, state_dict: dict, prefix: str, *args) -> None:
         """Before any ``load_state_dict``: a position table of another grid is resampled to this one's."""
@@ -136,164 +180,290 @@ class MSViT(VisionTransformer):
             state_dict[prefix + 'pos_embed'], how = resample_positions(source, self.table, self.interpolate_mode)
             print_log(f'{prefix}pos_embed resampled: {how}', logger='current')
 
-    def _init_detail(self) -> None:
-        if self.coarse_detail is not None:
-            nn.init.zeros_(self.coarse_detail.weight)
-            nn.init.zeros_(self.coarse_detail.bias)
-
     def forward(self, images: Tensor) -> tuple:
         """Images (B, C, H, W) to a tuple with (B, embed_dims, h, w), or [that, cls (B, embed_dims)], for each output.
 
         Raises:
-            ValueError: the images are not (B, in_channels, H, W), or smaller than one patch.
+            ValueError: the images are not (B, in_channels, H, W), or empty.
             FloatingPointError: a pixel or a gate logit is NaN or infinite.
         """
-        images, tokens = self.tokenize(images)
-        self._gated = tokens if tokens.logits.requires_grad and self.training else None
+        images, tokens, decision = self.tokenize(images)
         if not self.training:
             for observer in self.observers:
                 observer(self, tokens)
+        elif decision is not None and any(logits.requires_grad for logits in decision.logits):
+            self._keep_for_losses(tokens, decision)
 
         x = self.embed(images, tokens)  # (N, C)
         outputs = [self._output(x, tokens)] if self.out_origin else []
-        image = tokens.image if self.training else None
+        places = self.places(tokens)
         for i, layer in enumerate(self.layers):
             if self.with_cp and x.requires_grad:
-                x = checkpoint(block, layer, x, tokens, image, self.select.train_tokens, use_reentrant=False)
+                x = checkpoint(layer, x, tokens, places, use_reentrant=False)
             else:
-                x = block(layer, x, tokens, image, self.select.train_tokens)
+                x = layer(x, tokens, places)
             if i == len(self.layers) - 1 and self.final_norm:
                 x = self.norm1(x)
             if i in self.out_indices:
                 outputs.append(self._output(x, tokens))
+            x, reduced = self.between(i, x, tokens)
+            if reduced is not tokens:
+                tokens, places = reduced, self.places(reduced)
         return tuple(outputs)
 
-    def tokenize(self, images: Tensor) -> Tuple[Tensor, TokenBatch]:
-        """Gate and selection: images (B, C, H, W) to the same, padded to whole regions, and their tokens.
+    def tokenize(self, images: Tensor) -> Tuple[Tensor, TokenMap, Optional[Decision]]:
+        """Images (B, C, H, W) to the same, padded to whole regions, their tokens, and what the gates said, if any did.
 
         Raises:
             ValueError, FloatingPointError: as :meth:`forward`.
         """
         self._check(images)
-        images, grid = pad_to_regions(images, self.patch_size, self.side)
-        logits = self.gate(images, region_grid(grid, self.side))  # (B, hc, wc)
-        return images, self.select(logits, grid)
+        images, grid = pad_to_regions(images, self.patch_size, self.sides[-1])
+        tokens, decision = self.select([partial(_ask, gate, images, grid) for gate in self.gates], grid)
+        return images, tokens, decision
 
-    def embed(self, images: Tensor, tokens: TokenBatch) -> Tensor:
+    def embed(self, images: Tensor, tokens: TokenMap) -> Tensor:
         """Makes the tokens that are kept, and no others, with their positions: (N, C).
 
         Args:
             images: (B, C, H, W), padded to whole regions.
-            tokens: which ones are kept.
+            tokens: which ones are kept, squares of cells at the levels of ``scales``.
         """
         h, w = tokens.grid
-        hc, wc = region_grid(tokens.grid, self.side)
-        cls_position, *positions = position_tables(
-            self.pos_embed, self.table, tokens.grid, self.side, self.interpolate_mode
-        )
-        fine = patchify(images, self.patch_size)  # (B, hc * side, wc * side, P)
-        coarse = patchify(area_mean(images, self.side), self.patch_size)  # (B, hc, wc, P)
-        patches = torch.cat((coarse.flatten(1, 2), fine[:, :h, :w].flatten(1, 2)), 1)  # (B, hc * wc + h * w, P)
-
-        candidates = patches.shape[1] + int(self.with_cls_token)
-        image, candidate = tokens.index // candidates, tokens.index % candidates  # (N,)
-        patch = candidate - int(self.with_cls_token)  # -1 is cls
-        x = self.project(patches[image, patch])  # (N, C), in cls's rows some other patch's, replaced below
-        if self.coarse_detail is not None:
-            x = self._add_detail(x, fine, tokens.grid, image, patch)
-        x = x + torch.cat((*positions, cls_position)).to(x.dtype)[patch]
-        if self.with_cls_token:
-            x[tokens.cu_seqlens[:-1].long()] = (self.cls_token[0] + cls_position).to(x.dtype)  # (1, C)
+        fine = patchify(images, self.patch_size)  # (B, hp, wp, P), with the padding's cells
+        levels = []  # (B, h * w of the level, P), coarsest first
+        for side in reversed(self.sides[1:]):
+            hc, wc = region_grid(tokens.grid, side)
+            coarse = patchify(area_mean(images, side), self.patch_size)[:, :hc, :wc]
+            levels.append(coarse.flatten(1, 2))
+        levels.append(fine[:, :h, :w].flatten(1, 2))
+        patches = torch.cat(levels, 1)  # (B, T, P)
+        patch = self._patch(tokens)  # (N,), -1 for a prefix row
+        x = self.patch_embed(patches[tokens.image, patch])  # (N, C), in prefix rows some patch's, replaced below
+        for level, detail in enumerate(self.details, 1):
+            x = self._add_detail(x, fine, tokens, level, detail)
+        prefix = self._prefix()
+        position = self.position(tokens)  # (T + 1, C)
+        if position is not None:
+            x = x + position.to(x.dtype)[patch]
+            if self.with_cls_token:
+                prefix = torch.cat((prefix[:1] + position[-1:], prefix[1:]))
+        if len(prefix):
+            x[tokens.prefix_rows()] = prefix.to(x.dtype)  # (prefix, C)
         x = self.drop_after_pos(x)
         return self.pre_ln(x) if self.pre_norm else x
 
-    def project(self, patches: Tensor) -> Tensor:
-        """The patch embedding of rows of pixels, (..., P) to (..., C)."""
-        projection = self.patch_embed.projection
-        x = F.linear(patches, projection.weight.flatten(1), projection.bias)
-        return x if self.patch_embed.norm is None else self.patch_embed.norm(x)
+    def position(self, tokens: TokenMap) -> Optional[Tensor]:
+        """What is added to every token that an image can have, as :func:`table_positions`; None for nothing."""
+        return table_positions(self.pos_embed, self.table, tokens.grid, self.sides, self.interpolate_mode)
 
-    def _add_detail(self, x: Tensor, fine: Tensor, grid: Grid, image: Tensor, patch: Tensor) -> Tensor:
-        """Adds to the coarse rows of x the convolution of their cells' embeddings; cells beyond the grid count zero."""
-        hc, wc = region_grid(grid, self.side)
-        row = ((patch >= 0) & (patch < hc * wc)).nonzero().flatten()  # (M,)
-        cells = fine.unflatten(2, (wc, self.side)).unflatten(1, (hc, self.side)).transpose(2, 3)
-        cells = cells.flatten(1, 2)[image[row], patch[row]]  # (M, side, side, P)
-        inside = torch.zeros(hc * self.side, wc * self.side, device=x.device, dtype=x.dtype)
-        inside[: grid[0], : grid[1]] = 1
-        inside = patchify(inside[None, None], self.side).view(hc * wc, self.side, self.side, 1)
-        embedded = self.project(cells) * inside[patch[row]]  # (M, side, side, C)
-        detail = self.coarse_detail(embedded.permute(0, 3, 1, 2)).flatten(1)  # (M, C)
-        return x.index_add(0, row, detail.to(x.dtype))
+    def places(self, tokens: TokenMap) -> Places:
+        """What the attention needs of the places of tokens."""
+        return Places()
 
-    def train(self, mode: bool = True) -> 'MSViT':
-        """As mmseg's ViT, which returns nothing; torch's convention is to return the module."""
+    def between(self, i: int, x: Tensor, tokens: TokenMap) -> Tuple[Tensor, TokenMap]:
+        """What happens to tokens after block i: nothing, unless a subclass reduces them."""
+        return x, tokens
+
+    def _prefix(self) -> Tensor:
+        """(prefix, C), the cls token and registers, without positions."""
+        cls = self.cls_token[0] if self.with_cls_token else self.cls_token[0, :0]
+        return cls if self.register_tokens is None else torch.cat((cls, self.register_tokens[0]))
+
+    def _patch(self, tokens: TokenMap) -> Tensor:
+        """(N,) int64, the number of each token among those that its image can have; -1 for a prefix row."""
+        rasters = _rasters(tokens.grid, self.sides, tokens.level.device)  # (levels, 3)
+        side, width, begin = rasters[tokens.level.clamp(min=0)].unbind(1)
+        place = tokens.center.div(side[:, None], rounding_mode='floor').long()  # (N, 2)
+        return torch.where(tokens.level < 0, -1, begin + place[:, 0] * width + place[:, 1])
+
+    def _add_detail(self, x: Tensor, fine: Tensor, tokens: TokenMap, level: int, detail: CoarseDetail) -> Tensor:
+        """Adds to a level's rows of x the convolution of their cells' embeddings; cells beyond the grid count zero."""
+        side = self.sides[level]
+        row = (tokens.level == level).nonzero().flatten()  # (M,)
+        place = tokens.center[row].div(side, rounding_mode='floor').long()  # (M, 2)
+        cell = torch.arange(side, device=x.device)
+        y = (place[:, :1] * side + cell)[:, :, None]  # (M, side, 1)
+        xs = (place[:, 1:] * side + cell)[:, None]  # (M, 1, side)
+        inside = ((y < tokens.grid[0]) & (xs < tokens.grid[1])).to(x.dtype)  # (M, side, side)
+        cells = self.patch_embed(fine[tokens.image[row][:, None, None], y, xs])  # (M, side, side, C)
+        added = detail((cells * inside[..., None]).permute(0, 3, 1, 2)).flatten(1)  # (M, C)
+        return x.index_add(0, row, added.to(x.dtype))
+
+    def macs(self, tokens: TokenMap) -> List[Dict[str, int]]:
+        """Multiply-accumulates of each image at test time: ``gate``, ``embedding`` and ``encoder``.
+
+        Counted are matrix products: linear layers, convolutions, and both products of the attention.
+        """
+        gates = sum(g.macs(region_grid(tokens.grid, side)) for g, side in zip(self.gates, self.sides[1:]))
+        counts = tokens.active_counts().tolist()
+        embedding = [self.patch_embed.macs(n) for n in counts]
+        for level, detail in enumerate(self.details, 1):
+            each = self.patch_embed.macs(self.sides[level] ** 2) + detail.weight.numel()
+            embedding = [e + each * n for e, n in zip(embedding, tokens.active_counts(level).tolist())]
+        return [
+            dict(gate=gates, embedding=e, encoder=sum(layer.macs(n) for layer in self.layers))
+            for n, e in zip(counts, embedding)
+        ]
+
+    def train(self, mode: bool = True) -> 'MixedScale':
+        """As the library's ViT, which returns nothing; torch's convention is to return the module."""
         super().train(mode)
         return self
 
+    def __getstate__(self) -> dict:
+        """For copies and pickles: without what a step has left for its losses, whose graph is this module's alone."""
+        return {**self.__dict__, '_gated': [], '_collecting': False}
+
+    def _keep_for_losses(self, tokens: TokenMap, decision: Decision) -> None:
+        if self._gated and not self._collecting:
+            if len(self.gate_losses):
+                warnings.warn(
+                    'nobody took the gate losses of the last training forward, so they train nothing. Is '
+                    "custom_hooks=[dict(type='GateLossHook')] missing? (A training loop of one's own calls "
+                    'pop_gate_losses.)',
+                    stacklevel=3,
+                )
+            self._gated.clear()
+        self._gated.append((tokens, decision))
+
+    def collect_gate_losses(self) -> None:
+        """From now on until :meth:`pop_gate_losses`, every training forward is kept, for a step may have several."""
+        self._gated, self._collecting = [], True
+
     def pop_gate_losses(self, data_samples: Sequence) -> Dict[str, Tensor]:
-        """The gate's losses of the last training forward, and what to log; empties the slot.
+        """The gate's losses of the last training forward, or of all that were collected, and what to log.
 
         Args:
             data_samples: what the segmentor got, with the ground truth.
 
         Returns:
-            ``loss_*`` scalars with gradient, ``coarse_fraction`` and ``tokens``; nothing if the gate does not learn.
-        """
-        tokens, self._gated = self._gated, None
-        if tokens is None:
-            return {}
-        losses = {loss.loss_name: loss(tokens.logits, data_samples) for loss in self.gate_losses}
-        losses['coarse_fraction'] = tokens.coarse.float().mean()
-        losses['tokens'] = tokens.active_counts().float().mean()
-        return losses
+            ``loss_*`` scalars with gradient, means over the forwards, ``coarse_fraction`` and ``tokens``; nothing if
+            the gate does not learn.
 
-    def _output(self, x: Tensor, tokens: TokenBatch):
+        Raises:
+            ValueError: a loss reads labels, and there were several forwards: whose labels they are is not known.
+        """
+        gated, self._gated, self._collecting = self._gated, [], False
+        found: Dict[str, List[Tensor]] = {}
+        for tokens, decision in gated:
+            for loss in self.gate_losses:
+                if loss.reads_labels and len(gated) > 1:
+                    raise ValueError(
+                        f'{type(loss).__name__} reads data_samples, and the backbone ran {len(gated)} times in this '
+                        'step: which images the labels belong to is not known. Use a gate loss without labels'
+                    )
+                found.setdefault(loss.loss_name, []).append(loss.of_step(decision, tokens, data_samples))
+            for level, coarse in enumerate(decision.coarse, 1):
+                name = 'coarse_fraction' if level == 1 else f'coarse_fraction_{level}'
+                found.setdefault(name, []).append(coarse.float().mean())
+            found.setdefault('tokens', []).append(tokens.active_counts().float().mean())
+        return {name: values[0] if len(values) == 1 else torch.stack(values).mean() for name, values in found.items()}
+
+    def _output(self, x: Tensor, tokens: TokenMap):
         grid = tokens.to_grid(x)
         return [grid, tokens.to_cls(x)] if self.output_cls_token else grid
 
     def _check(self, images: Tensor) -> None:
-        if images.ndim != 4 or images.shape[1] != self.in_channels:
+        if images.ndim != 4 or images.shape[1] != self.in_channels or 0 in images.shape:
             raise ValueError(f'images must be (B, in_channels={self.in_channels}, H, W), got {tuple(images.shape)}')
-        if min(images.shape[2:]) < self.patch_size:
-            raise ValueError(f'images must be at least one patch of {self.patch_size} px, got {tuple(images.shape)}')
         if not images.sum(dtype=torch.float32).isfinite():
             raise_not_finite('pixels of the images', images)
 
 
-def block(layer: nn.Module, x: Tensor, tokens: TokenBatch, image: Optional[Tensor], train_tokens: str) -> Tensor:
-    """One of mmseg's encoder layers over a pack.
+@MODELS.register_module()
+class MSViT(MixedScale, VisionTransformer):
+    """Vision transformer with dynamic mixed-scale tokens (Havtorn et al. 2023, arXiv:2307.02321).
+
+    Takes every argument of mmseg's :class:`VisionTransformer`, with its defaults except ``patch_bias=True``, and those
+    of :class:`MixedScale`, and returns what mmseg's returns: a tuple with (B, embed_dims, h, w) for each of
+    ``out_indices``, h = ceil(H / patch_size). Its state dict has mmseg's keys, and those of what is added.
 
     Args:
-        layer: mmseg's ``TransformerEncoderLayer``.
-        x: (N, C).
-        tokens: whose pack it is.
-        image: (N,) the image of each row, for stochastic depth in training.
-        train_tokens: ``'all'`` takes the plain attention where keys have weights.
+        patch_bias: whether the patch embedding has a bias, as those of timm, DeiT and AugReg have.
+        qkv_bias: as mmseg's; ``'qv'`` for one without the keys' part, as DINOv3 has.
+        layer_scale_init_value: where positive, each branch is scaled by a learned vector, ``gamma_1`` and ``gamma_2``,
+            and stochastic depth is on both, as in DINOv2.
+        ffn_type: ``'mlp'``, or ``'swiglu'`` as in DINOv2-g, whose hidden width is 2/3 of ``mlp_ratio * embed_dims``.
+        rope: ``'dinov3'`` for its rotary positions in the place of the table, ``'eva02'`` for EVA-02's beside it.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
     """
-    attention = layer.attn.attn
-    qkv = F.linear(layer.norm1(x), attention.in_proj_weight, attention.in_proj_bias)  # (N, 3 * C)
-    qkv = qkv.unflatten(1, (3, attention.num_heads, -1))  # (N, 3, heads, d)
-    weight = tokens.weight if tokens.masked else None
-    dropout = attention.dropout if layer.training else 0.0
-    if weight is not None and train_tokens == 'all':
-        out = attend_reference(qkv, tokens.lengths, weight, dropout)  # (N, heads, d)
-    else:
-        out = attend(qkv, tokens.lengths, weight, dropout, tokens.cu_seqlens)  # (N, heads, d)
-    x = x + layer.attn.proj_drop(attention.out_proj(out.flatten(1)))
-    branch = layer.ffn.layers(layer.norm2(x))  # (N, C)
-    depth = layer.ffn.dropout_layer
-    if isinstance(depth, DropPath) and depth.training and depth.drop_prob > 0:
-        branch = drop_path(branch, image, len(tokens.lengths), depth.drop_prob)
-    return x + branch
 
-
-def _check_scales(scales: Sequence[int], patch_size: int) -> Tuple[int, int]:
-    if len(scales) != 2 or scales[0] != patch_size or scales[1] % scales[0] or scales[1] <= scales[0]:
-        raise ValueError(
-            f'scales must be (patch_size, a larger multiple of it), with patch_size={patch_size}, got {tuple(scales)}'
+    def __init__(
+        self,
+        *args,
+        patch_bias: bool = True,
+        qkv_bias: Union[bool, str] = True,
+        layer_scale_init_value: float = 0,
+        ffn_type: str = 'mlp',
+        rope: Optional[str] = None,
+        **kwargs,
+    ):
+        if ffn_type not in FFN_TYPES:
+            raise ValueError(f'ffn_type must be one of {FFN_TYPES}, got {ffn_type!r}')
+        if rope not in ROPES:
+            raise ValueError(f'rope must be one of {ROPES}, got {rope!r}')
+        if qkv_bias not in (True, False, 'qv'):
+            raise ValueError(f"qkv_bias must be True, False or 'qv', got {qkv_bias!r}")
+        if kwargs.get('patch_pad', args[2] if len(args) > 2 else 'corner') != 'corner':
+            raise ValueError("patch_pad must be 'corner': the grid of regions begins at the image's corner")
+        self._of_block = dict(
+            layer_scale_init_value=layer_scale_init_value,
+            swiglu_ratio=kwargs.get('mlp_ratio', 4) if ffn_type == 'swiglu' else None,
+            key_bias=qkv_bias != 'qv',
         )
-    return scales[0], scales[1]
+        self.rope = rope
+        super().__init__(*args, patch_bias=patch_bias, qkv_bias=bool(qkv_bias), **kwargs)
+        if rope == 'dinov3':
+            self.pos_embed.requires_grad_(False)  # it is kept for mmseg's constructor only, and added to nothing
+
+    def _block(self, layer: nn.Module) -> nn.Module:
+        return block_of(layer, **self._of_block)
+
+    def position(self, tokens: TokenMap) -> Optional[Tensor]:
+        return None if self.rope == 'dinov3' else super().position(tokens)
+
+    def places(self, tokens: TokenMap) -> Places:
+        if self.rope is None:
+            return Places()
+        return Places(rotary=rotary(self.rope, tokens, self.embed_dims // self.layers[0].attn.num_heads))
+
+
+def _gate_of_level(cfg: dict, level: int) -> dict:
+    """The config, with the place in a checkpoint where the gate of a coarser level stands."""
+    init = cfg.get('init_cfg') if isinstance(cfg, dict) else None
+    if level == 1 or not init or not init.get('prefix', '').endswith('gate.'):
+        return cfg
+    return {**cfg, 'init_cfg': {**init, 'prefix': f'{init["prefix"][: -len("gate.")]}coarser_gates.{level - 2}.'}}
+
+
+def _ask(gate: Gate, images: Tensor, cells: Grid, grid: Grid, left: Optional[Tensor]) -> Tensor:
+    """A gate's logits (B, hc, wc); finer regions of padding alone, which the coarsest ones bring, are cut off."""
+    height, width = (regions * gate.region for regions in grid)
+    return gate(images[..., :height, :width], grid, left)
+
+
+@lru_cache(maxsize=64)
+def _rasters(grid: Grid, sides: Tuple[int, ...], device: torch.device) -> Tensor:
+    """(levels, 3) int64: a token's side, tokens in a row, and the first one's number, coarsest level first."""
+    rows, begin = [], 0
+    for side in reversed(sides):
+        hc, wc = region_grid(grid, side)
+        rows.append((side, wc, begin))
+        begin += hc * wc
+    return torch.tensor(rows[::-1], device=device)
+
+
+def _check_scales(scales: Sequence[int], patch_size: int) -> Tuple[int, ...]:
+    rising = all(b > a and b % a == 0 for a, b in zip(scales, scales[1:]))
+    if len(scales) < 2 or scales[0] != patch_size or not rising:
+        raise ValueError(
+            'scales must be (patch_size, a larger multiple of it, perhaps one of that, and so on), with '
+            f'patch_size={patch_size}, got {tuple(scales)}'
+        )
+    return tuple(scales)
 
 
 def _build(argument: str, cfg: dict, base: type, **shape) -> nn.Module:

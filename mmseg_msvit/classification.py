@@ -10,7 +10,7 @@ from torch import Tensor
 from .backbone import MSViT
 from .hooks import GateLossHook
 from .metrics import TokenMetric
-from .tokens import TokenBatch
+from .tokens import TokenMap
 
 
 @MODELS.register_module(name='MSViT')
@@ -35,7 +35,7 @@ class ClassificationMSViT(MSViT):
                 'in which no gradient of the task reaches it'
             )
 
-    def _output(self, x: Tensor, tokens: TokenBatch) -> Tensor:
+    def _output(self, x: Tensor, tokens: TokenMap) -> Tensor:
         return tokens.to_cls(x)  # (B, C)
 
 

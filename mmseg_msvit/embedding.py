@@ -1,14 +1,13 @@
-"""Pixels to tokens: patches of both scales through one projection, and positions for both from one table."""
+"""Pixels to tokens: patches of every scale through one projection."""
 
 from functools import reduce
 from typing import Tuple
 
 import torch
 import torch.nn.functional as F
-from mmseg.models.backbones import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
-Grid = Tuple[int, int]
+from .tokens import Grid
 
 
 def pad_to_regions(images: Tensor, patch: int, side: int) -> Tuple[Tensor, Grid]:
@@ -17,7 +16,7 @@ def pad_to_regions(images: Tensor, patch: int, side: int) -> Tuple[Tensor, Grid]
     Args:
         images: (B, C, H, W).
         patch: pixels along a cell's side.
-        side: cells along a region's side.
+        side: cells along the side of the coarsest region.
 
     Returns:
         The padded images and (h, w) = (ceil(H / patch), ceil(W / patch)), the cells that hold a pixel of the image.
@@ -44,25 +43,44 @@ def area_mean(images: Tensor, side: int) -> Tensor:
     return reduce(torch.add, (rows[..., i::side] for i in range(side))) / side**2
 
 
-def position_tables(pos_embed: Tensor, table: Grid, grid: Grid, side: int, mode: str) -> Tuple[Tensor, Tensor, Tensor]:
-    """Positions of cls, coarse and fine tokens.
-
-    The table is resampled to the image's grid as mmseg's ViT does it, but whenever (h, w) differ, not only their
-    product. A coarse position is the mean over the region's cells, at an odd edge over those that exist.
+class PatchRows(nn.Module):
+    """A library's patch embedding, over rows of pixels in place of an image: of tokens that are kept, and no others.
 
     Args:
-        pos_embed: (1, 1 + gh * gw, C), cls first.
-        table: (gh, gw).
-        grid: (h, w) of the image.
-        side: cells along a region's side.
-        mode: interpolation mode.
-
-    Returns:
-        (1, C) cls, (hc * wc, C) coarse and (h * w, C) fine positions.
+        patch_embed: with a convolution ``projection`` whose stride is its kernel, and perhaps a ``norm``; both stay
+            where they are in the state dict.
     """
-    if tuple(grid) != tuple(table):
-        pos_embed = VisionTransformer.resize_pos_embed(pos_embed, grid, table, mode)
-    cls, fine = pos_embed[0, :1], pos_embed[0, 1:]
-    cells = fine.unflatten(0, (1, *grid)).permute(0, 3, 1, 2)  # (1, C, h, w), channels_last, which pools fast
-    coarse = F.avg_pool2d(cells, side, ceil_mode=True)  # (1, C, hc, wc), which divides by the cells that exist
-    return cls, coarse[0].flatten(1).T, fine
+
+    def __init__(self, patch_embed: nn.Module):
+        super().__init__()
+        self.embed_dims = patch_embed.embed_dims
+        self.projection = patch_embed.projection
+        self.norm = patch_embed.norm
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(..., P) to (..., C)."""
+        x = F.linear(patches, self.projection.weight.flatten(1), self.projection.bias)
+        return x if self.norm is None else self.norm(x)
+
+    def macs(self, tokens: int) -> int:
+        """Multiply-accumulates of so many patches."""
+        return tokens * self.projection.weight.numel()
+
+
+class CoarseDetail(nn.Conv2d):
+    """Added to a coarse token: a convolution, at first zero, of the embeddings of its cells.
+
+    Chosen here, after adaptive patch transformers.
+
+    Args:
+        dims: C.
+        side: cells along the token's side.
+    """
+
+    def __init__(self, dims: int, side: int):
+        super().__init__(dims, dims, side, side)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .backbone import MSViT
-from .tokens import TokenBatch, region_grid
+from .tokens import TokenMap, region_grid
 
 
 def linear_macs(module: nn.Module) -> int:
@@ -66,7 +66,7 @@ def msvit_macs(backbone: MSViT, grid: Tuple[int, int], coarse: int, fine: int) -
     )
 
 
-def batch_macs(backbone: MSViT, tokens: TokenBatch) -> list:
+def batch_macs(backbone: MSViT, tokens: TokenMap) -> list:
     """:func:`msvit_macs` of each image of a batch, as its tokens are at test time."""
     coarse = tokens.coarse.flatten(1).sum(1).tolist()
     active = tokens.active_counts().tolist()

@@ -16,6 +16,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from .embedding import patchify
+from .tokens import Decision, TokenMap
 
 # Probabilities are clipped to [CLIP, 1 - CLIP] before a CDF sees them: at 0 and 1 its slope is infinite.
 CLIP = 1e-3
@@ -138,19 +139,25 @@ class GateLoss(BaseModule):
         region: pixels along a region's side.
         loss_weight: factor of this loss in the total.
         loss_name: its key in the log is ``gate.`` and this name, which must contain "loss" to be counted.
+        level: which coarse level's logits it sees, 1 for the finest; from 2 on the name ends with ``_2`` and so on.
     """
 
     # Whether the loss reads the ground truth of data_samples: then it must be known which image each belongs to.
     reads_labels = False
 
-    def __init__(self, grid: Tuple[int, int], region: int, loss_weight: float, loss_name: str):
+    def __init__(self, grid: Tuple[int, int], region: int, loss_weight: float, loss_name: str, level: int = 1):
         super().__init__()
         if not loss_name.startswith('loss_'):
             raise ValueError(f"loss_name must start with 'loss_', else it is logged and not trained, got {loss_name!r}")
         self.grid = tuple(grid)
         self.region = region
         self.loss_weight = loss_weight
-        self.loss_name = loss_name
+        self.level = level
+        self.loss_name = loss_name if level == 1 else f'{loss_name}_{level}'
+
+    def of_step(self, decision: Decision, tokens: TokenMap, data_samples: Sequence) -> Tensor:
+        """The loss of a training forward. One that sees more than its level's logits overrides this."""
+        return self(decision.logits[self.level - 1], data_samples)
 
     def forward(self, logits: Tensor, data_samples: Sequence) -> Tensor:
         """Noise-free logits (B, hc, wc) of coarse, and the segmentor's data samples, to a weighted scalar."""
@@ -188,8 +195,9 @@ class GeneralizedBatchShapingLoss(GateLoss):
         memory_size: int = 64,
         loss_weight: float = 1.0,
         loss_name: str = 'loss_gbas',
+        level: int = 1,
     ):
-        super().__init__(grid, region, loss_weight, loss_name)
+        super().__init__(grid, region, loss_weight, loss_name, level)
         if not 0 < target_coarse < 1:
             raise ValueError(f'target_coarse must be in (0, 1), got {target_coarse}')
         if not (spread > 0 and temperature > 0 and memory_size >= 0):
@@ -266,8 +274,9 @@ class BatchShapingLoss(GateLoss):
         b: float = 0.4,
         loss_weight: float = 1.0,
         loss_name: str = 'loss_bas',
+        level: int = 1,
     ):
-        super().__init__(grid, region, loss_weight, loss_name)
+        super().__init__(grid, region, loss_weight, loss_name, level)
         if not (a > 0 and b > 0):
             raise ValueError(f'a and b must be positive, got {a} and {b}')
         self.a, self.b = a, b
@@ -292,8 +301,9 @@ class TokenBudgetLoss(GateLoss):
         target_coarse: float = 0.5,
         loss_weight: float = 1.0,
         loss_name: str = 'loss_budget',
+        level: int = 1,
     ):
-        super().__init__(grid, region, loss_weight, loss_name)
+        super().__init__(grid, region, loss_weight, loss_name, level)
         if not 0 <= target_coarse <= 1:
             raise ValueError(f'target_coarse must be in [0, 1], got {target_coarse}')
         self.target_coarse = target_coarse
@@ -324,8 +334,9 @@ class PurityLoss(GateLoss):
         ignore_index: int = IGNORE_INDEX,
         loss_weight: float = 1.0,
         loss_name: str = 'loss_purity',
+        level: int = 1,
     ):
-        super().__init__(grid, region, loss_weight, loss_name)
+        super().__init__(grid, region, loss_weight, loss_name, level)
         if not 0 < purity <= 1:
             raise ValueError(f'purity must be in (0, 1], got {purity}')
         self.purity = purity

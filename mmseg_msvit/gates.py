@@ -1,11 +1,12 @@
 """Gates: one logit of "coarse" for each region of an image.
 
-A gate takes images padded to whole regions, and their region grid, and returns float32 logits (B, hc, wc). It sees
-each region by itself. Whether a region is coarse is decided from the logit by the backbone's token selector.
+A gate takes images padded to whole regions, and their region grid, and returns float32 logits (B, hc, wc). Whether a
+region is coarse is decided from the logit by the backbone's token selector. A backbone of several coarse levels has a
+gate for each, and asks them from the coarsest down.
 """
 
 import math
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from mmengine.model.weight_init import trunc_normal_
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from .blocks import linear_weights
 from .checkpoint import read_checkpoint, unwrap
 from .embedding import patchify
 
@@ -67,8 +69,22 @@ class Gate(BaseModule):
             )
         return patchify(images, self.region)
 
-    def forward(self, images: Tensor, grid: Tuple[int, int]) -> Tensor:
-        """Images (B, C, hc * R, wc * R) and grid (hc, wc) in, float32 logits (B, hc, wc) out."""
+    def forward(self, images: Tensor, grid: Tuple[int, int], left: Optional[Tensor] = None) -> Tensor:
+        """Logits of coarse.
+
+        Args:
+            images: (B, C, hc * R, wc * R).
+            grid: (hc, wc).
+            left: (B, hc, wc) bool, the regions that are not part of a coarser token; None for all. What a gate says
+                of others changes nothing.
+
+        Returns:
+            (B, hc, wc) float32.
+        """
+        raise NotImplementedError
+
+    def macs(self, grid: Tuple[int, int]) -> int:
+        """Multiply-accumulates of one image of (hc, wc) regions."""
         raise NotImplementedError
 
 
@@ -136,11 +152,14 @@ class MLPGate(Gate):
         nn.init.zeros_(self.mlp[-1].weight)
         nn.init.constant_(self.mlp[-1].bias, math.log(self.init_coarse / (1 - self.init_coarse)))
 
-    def forward(self, images: Tensor, grid: Tuple[int, int]) -> Tensor:
+    def forward(self, images: Tensor, grid: Tuple[int, int], left: Optional[Tensor] = None) -> Tensor:
         with torch.autocast(images.device.type, enabled=False):
             pixels = self.pixels(images, grid).to(self.embed.weight.dtype)  # (B, hc, wc, C * R * R)
             x = self.embed(pixels) + self._at(self.pos_embed, grid).permute(0, 2, 3, 1)  # (B, hc, wc, width)
             return self.mlp(x).squeeze(-1).float()  # (B, hc, wc)
+
+    def macs(self, grid: Tuple[int, int]) -> int:
+        return grid[0] * grid[1] * linear_weights(self)
 
     @staticmethod
     def _at(position: Tensor, grid: Tuple[int, int]) -> Tensor:
@@ -150,8 +169,15 @@ class MLPGate(Gate):
         return F.interpolate(position, size=tuple(grid), mode='bilinear', align_corners=False)
 
 
+class ForcedGate(Gate):
+    """Base of the gates that compute nothing to speak of."""
+
+    def macs(self, grid: Tuple[int, int]) -> int:
+        return 0
+
+
 @MODELS.register_module()
-class FixedGate(Gate):
+class FixedGate(ForcedGate):
     """The same answer everywhere: all coarse, or all fine, which is the dense ViT.
 
     Args:
@@ -162,7 +188,7 @@ class FixedGate(Gate):
         super().__init__(*args, **kwargs)
         self.coarse = coarse
 
-    def forward(self, images: Tensor, grid: Tuple[int, int]) -> Tensor:
+    def forward(self, images: Tensor, grid: Tuple[int, int], left: Optional[Tensor] = None) -> Tensor:
         return images.new_full((len(images), *grid), CERTAIN if self.coarse else -CERTAIN, dtype=torch.float32)
 
 
@@ -173,38 +199,42 @@ def _check_ratio(coarse_ratio: float) -> float:
 
 
 @MODELS.register_module()
-class RandomGate(Gate):
+class RandomGate(ForcedGate):
     """Coarse by chance, each region by itself, so that images differ in their number of tokens. A baseline.
 
     Args:
-        coarse_ratio: the probability of coarse.
+        coarse_ratio: the probability of coarse, at each level of those that are left.
     """
 
     def __init__(self, *args, coarse_ratio: float = 0.5, **kwargs):
         super().__init__(*args, **kwargs)
         self.coarse_ratio = _check_ratio(coarse_ratio)
 
-    def forward(self, images: Tensor, grid: Tuple[int, int]) -> Tensor:
+    def forward(self, images: Tensor, grid: Tuple[int, int], left: Optional[Tensor] = None) -> Tensor:
         coin = torch.rand(len(images), *grid, device=images.device) < self.coarse_ratio
         return torch.where(coin, CERTAIN, -CERTAIN)
 
 
 @MODELS.register_module()
-class VarianceGate(Gate):
+class VarianceGate(ForcedGate):
     """Hand-made: the regions of an image whose pixels vary least are coarse.
 
     Args:
-        coarse_ratio: the share of an image's regions that are coarse, rounded to whole regions.
+        coarse_ratio: the share of an image's regions that are coarse, at each level of those that are left, rounded to
+            whole regions.
     """
 
     def __init__(self, *args, coarse_ratio: float = 0.5, **kwargs):
         super().__init__(*args, **kwargs)
         self.coarse_ratio = _check_ratio(coarse_ratio)
 
-    def forward(self, images: Tensor, grid: Tuple[int, int]) -> Tensor:
+    def forward(self, images: Tensor, grid: Tuple[int, int], left: Optional[Tensor] = None) -> Tensor:
         pixels = self.pixels(images.float(), grid).unflatten(-1, (self.in_channels, -1))  # (B, hc, wc, C, R * R)
         variance = pixels.var(-1, correction=0).mean(-1).flatten(1)  # (B, hc * wc)
-        order = variance.argsort(dim=1, stable=True)
-        coarse = torch.zeros_like(variance, dtype=torch.bool)
-        coarse.scatter_(1, order[:, : round(self.coarse_ratio * variance.shape[1])], True)
+        count = variance.new_full((len(variance), 1), variance.shape[1])
+        if left is not None:
+            count = left.flatten(1).sum(1, keepdim=True)
+            variance = variance.masked_fill(~left.flatten(1), torch.inf)
+        place = variance.argsort(dim=1, stable=True).argsort(dim=1)
+        coarse = place < (self.coarse_ratio * count).round()
         return torch.where(coarse, CERTAIN, -CERTAIN).unflatten(1, grid)

@@ -41,19 +41,29 @@ class GateLossHook(Hook):
 
     def before_train(self, runner) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        backbone = find_msvit(model)
-
-        def add_gate_losses(module, args, kwargs, output):
-            if kwargs.get('mode') != 'loss':
-                return None
-            data_samples = kwargs['data_samples'] if 'data_samples' in kwargs else args[1]
-            gate = backbone.pop_gate_losses(data_samples)
-            return {**output, **{f'gate.{name}': value for name, value in gate.items()}}
-
-        self._handle = model.register_forward_hook(add_gate_losses, with_kwargs=True)
+        find_msvit(model)  # says at once if there is none
+        self._handles = [
+            model.register_forward_pre_hook(_collect_gate_losses, with_kwargs=True),
+            model.register_forward_hook(_add_gate_losses, with_kwargs=True),
+        ]
 
     def after_train(self, runner) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
+
+
+# Both find the backbone in the module that runs: a copy of a model has its hooks, and must have its own gate losses.
+def _collect_gate_losses(module, args, kwargs):
+    if kwargs.get('mode') == 'loss':
+        find_msvit(module).collect_gate_losses()
+
+
+def _add_gate_losses(module, args, kwargs, output):
+    if kwargs.get('mode') != 'loss':
+        return None
+    data_samples = kwargs['data_samples'] if 'data_samples' in kwargs else args[1]
+    gate = find_msvit(module).pop_gate_losses(data_samples)
+    return {**output, **{f'gate.{name}': value for name, value in gate.items()}}
 
 
 @HOOKS.register_module()

@@ -8,9 +8,9 @@ import torch
 from mmengine.config import ConfigDict
 from torch import Tensor, nn
 
-from .backbone import MSViT
+from .backbone import MixedScale, MSViT
 from .gate_losses import region_purity
-from .tokens import TokenBatch
+from .tokens import TokenMap
 
 
 def find_msvit(model: nn.Module) -> MSViT:
@@ -19,19 +19,19 @@ def find_msvit(model: nn.Module) -> MSViT:
     Raises:
         ValueError: there is none, or more than one.
     """
-    found = [module for module in model.modules() if isinstance(module, MSViT)]
+    found = [module for module in model.modules() if isinstance(module, MixedScale)]
     if len(found) != 1:
         raise ValueError(f'the model must have one MSViT backbone, got {len(found)}')
     return found[0]
 
 
 @contextmanager
-def record_tokens(model: nn.Module) -> Iterator[List[TokenBatch]]:
-    """A list that fills with the TokenBatch of each forward pass inside the ``with`` block.
+def record_tokens(model: nn.Module) -> Iterator[List[TokenMap]]:
+    """A list that fills with the TokenMap of each forward pass inside the ``with`` block.
 
     Slide inference and test-time augmentation make several of them for an image.
     """
-    seen: List[TokenBatch] = []
+    seen: List[TokenMap] = []
     handle = find_msvit(model).select.register_forward_hook(lambda module, args, tokens: seen.append(tokens))
     try:
         yield seen
@@ -62,7 +62,7 @@ def looking_at(model: nn.Module) -> Iterator[None]:
         model.test_cfg, MSViT.observers = test_cfg, observers
 
 
-def coarse_by_purity(tokens: TokenBatch, labels: Tensor, region: int, purity: float = 0.95) -> Dict[str, int]:
+def coarse_by_purity(tokens: TokenMap, labels: Tensor, region: int, purity: float = 0.95) -> Dict[str, int]:
     """Counts regions, and coarse ones among them, by whether their labelled pixels are of one class.
 
     Args:

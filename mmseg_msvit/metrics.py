@@ -10,7 +10,7 @@ from mmseg.registry import METRICS
 
 from .backbone import MSViT
 from .flops import batch_macs, dense_macs
-from .tokens import TokenBatch
+from .tokens import TokenMap
 
 PERCENTILES = (5, 50, 95)
 
@@ -32,7 +32,7 @@ class Recorder:
         # No image has so many windows: only what nobody ever takes is lost.
         self.passes = deque(maxlen=4096)
 
-    def __call__(self, backbone: MSViT, tokens: TokenBatch) -> None:
+    def __call__(self, backbone: MSViT, tokens: TokenMap) -> None:
         self.passes.append((backbone, tokens))
 
     def take(self) -> List[List[Dict[str, int]]]:
@@ -41,7 +41,7 @@ class Recorder:
         return [pass_costs(backbone, tokens) for backbone, tokens in passes]
 
 
-def pass_costs(backbone: MSViT, tokens: TokenBatch) -> List[Dict[str, int]]:
+def pass_costs(backbone: MSViT, tokens: TokenMap) -> List[Dict[str, int]]:
     """Tokens and MACs of each image of a pass at test time, and those of the dense ViT."""
     dense = dense_macs(backbone, tokens.grid)
     dense_tokens = tokens.grid[0] * tokens.grid[1] + int(tokens.with_cls)

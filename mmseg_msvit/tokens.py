@@ -1,72 +1,91 @@
 """Which tokens an image gets, and the way from packed tokens back to the grid of cells.
 
-Every image has the same candidates in one fixed order: the cls token (if any), a coarse token for each region, a fine
-token for each cell, both in raster order. A gate's logits say which candidates are *active*: each cell of the grid is
-covered by exactly one active token. The tokens that are kept lie one after the other, image after image, in one pack
-of N rows without padding.
+A :class:`TokenMap` says which row of a pack covers each cell; it knows neither gates nor scales. A :class:`Decision` is
+what gates said. :class:`TokenSelector` makes a map of a decision.
+
+Every image has the same candidates in one fixed order: its prefix (cls token, registers), then a token for each region
+of each coarse level, coarsest first, then a fine token for each cell, all in raster order. A gate's logits say which
+candidates are *active*: each cell of the grid is covered by exactly one active token. The tokens that are kept lie one
+after the other, image after image, in one pack of N rows without padding.
 """
 
+import math
 import warnings
-from dataclasses import dataclass
-from typing import List, Optional, Tuple
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from mmengine.logging import MessageHub
 from torch import Tensor, nn
 
+Grid = Tuple[int, int]
 TRAIN_TOKENS = ('active', 'trimmed', 'all')
 
 
 @dataclass(frozen=True)
-class TokenBatch:
-    """The tokens of a batch, without their features.
+class TokenMap:
+    """The tokens of a batch, without their features: a map between the cells of B grids and the N rows of a pack.
 
     Attributes:
         grid: (h, w), the fine cells of each image.
-        side: cells along a region's side; a region has side * side cells.
-        logits: (B, hc, wc) float32, the gate's noise-free logits of "coarse".
-        coarse: (B, hc, wc) bool, the decision: True where the coarse token is active.
-        lengths: B ints on the host, the number of tokens kept of each image.
+        lengths: B ints on the host, the number of rows of each image.
         cu_seqlens: (B + 1,) int32, the row of the pack where each image begins, and N at the end.
-        index: (N,) int64, ascending: image * candidates + candidate of each packed token.
-        cover: (K, B, h, w) int64, the rows of the pack that cover each cell. K = 1 where active tokens alone are kept.
-            Else K = 2, coarse and fine; a token that is not kept is row N, which stands for zeros.
+        prefix: leading rows of each image that cover no cell: the cls token and registers.
+        level: (N,) int64, -1 for a prefix row, 0 for a fine token, 1 and more for coarser ones.
+        center: (N, 2) float32, (y, x) of the mean of a token's cells, in cells: that of the first cell is 0.5, 0.5.
+        size: (N,) float32, the number of cells that a token covers; 0 for a prefix row.
+        cover: (K, B, h, w) int64, the rows that make up each cell. K = 1 where each cell has one row. Else inactive
+            tokens are kept too, each cell has K candidates, and one that is not kept is row N, which stands for zeros.
         weight: (N,) float32 or None. Value 1 for an active token, 0 for an inactive one, with the gradient of the
-            token's soft value (straight-through). None where the gate gets no gradient.
-        with_cls: whether each image's first token is its cls token.
+            token's soft value (straight-through). None where no gate gets a gradient.
     """
 
-    grid: Tuple[int, int]
-    side: int
-    logits: Tensor
-    coarse: Tensor
+    grid: Grid
     lengths: List[int]
     cu_seqlens: Tensor
-    index: Tensor
+    prefix: int
+    level: Tensor
+    center: Tensor
+    size: Tensor
     cover: Tensor
-    weight: Optional[Tensor]
-    with_cls: bool
+    weight: Optional[Tensor] = None
 
     @property
     def masked(self) -> bool:
         """Whether inactive tokens are in the pack, so that attention has to weigh its keys."""
-        return len(self.cover) == 2
+        return len(self.cover) > 1
 
     @property
     def image(self) -> Tensor:
-        """(N,) int64, the image that each packed token belongs to."""
-        return torch.repeat_interleave(self.cu_seqlens.diff(), output_size=len(self.index))
+        """(N,) int64, the image that each row belongs to."""
+        return torch.repeat_interleave(self.cu_seqlens.diff(), output_size=len(self.level))
 
-    def active_counts(self) -> Tensor:
-        """(B,) int64, the active tokens of each image with its cls token: what the image costs at test time."""
-        fine = 1 - over_cells(self.coarse.long(), self.grid, self.side)  # (B, h, w)
-        return self.coarse.flatten(1).sum(1) + fine.flatten(1).sum(1) + int(self.with_cls)
+    @property
+    def dense_length(self) -> int:
+        """Rows of an image whose tokens are all fine."""
+        return self.grid[0] * self.grid[1] + self.prefix
+
+    def active_counts(self, level: Optional[int] = None) -> Tensor:
+        """(B,) int64, the active rows of each image, prefix included: what the image costs at test time.
+
+        Args:
+            level: counts the tokens of this level alone.
+        """
+        counted = torch.ones_like(self.level, dtype=torch.bool) if level is None else self.level == level
+        if self.masked:
+            counted = counted & (self.weight > 0.5)
+        return counted.new_zeros(len(self.lengths), dtype=torch.long).index_add_(0, self.image, counted.long())
+
+    def prefix_rows(self) -> Tensor:
+        """(B, prefix) int64, the rows of each image's cls token and registers."""
+        return self.cu_seqlens[:-1, None].long() + torch.arange(self.prefix, device=self.cu_seqlens.device)
 
     def to_grid(self, x: Tensor) -> Tensor:
         """Puts packed tokens back on the dense grid: a coarse token is replicated over its cells.
 
-        Where tokens carry weights, cell = m * coarse + (1 - m) * fine, straight-through.
+        Where tokens carry weights, a cell is the sum of its candidates, each times its weight, straight-through.
 
         Args:
             x: (N, C) features.
@@ -78,22 +97,77 @@ class TokenBatch:
             x = x * self.weight[:, None].to(x.dtype)
         if self.masked:
             x = F.pad(x, (0, 0, 0, 1))  # (N + 1, C)
-            cells = x[self.cover[0]] + x[self.cover[1]]  # (B, h, w, C)
-        else:
-            cells = x[self.cover[0]]  # (B, h, w, C)
+        cells = x[self.cover[0]]  # (B, h, w, C)
+        for rows in self.cover[1:]:
+            cells = cells + x[rows]
         return cells.permute(0, 3, 1, 2).contiguous()  # (B, C, h, w)
 
+    def from_grid(self, cells: Tensor) -> Tensor:
+        """The mean over each token's cells: (B, C, h, w) to (N, C), zero in the prefix rows."""
+        cells = cells.flatten(2).transpose(1, 2).flatten(0, 1)  # (B * h * w, C)
+        total = cells.new_zeros(len(self.level) + 1, cells.shape[1])
+        for rows in self.cover:
+            total = total.index_add(0, rows.flatten(), cells)
+        return total[:-1] / self.size.clamp(min=1)[:, None].to(cells.dtype)
+
     def to_cls(self, x: Tensor) -> Tensor:
-        """Takes the cls tokens (B, C) out of the pack (N, C)."""
+        """Takes the first row of each image, its cls token, (B, C) out of the pack (N, C)."""
         return x[self.cu_seqlens[:-1].long()]
 
+    def merge(self, into: Tensor, lengths: List[int]) -> 'TokenMap':
+        """The map after rows have been joined.
 
-def region_grid(grid: Tuple[int, int], side: int) -> Tuple[int, int]:
+        Args:
+            into: (N,) int64, the new row of each row. Images stay in order, and so does each one's prefix.
+            lengths: B ints, the new number of rows of each image.
+
+        Raises:
+            ValueError: the map has weights: what a gate learns must stay apart.
+        """
+        if self.weight is not None:
+            raise ValueError('merge wants a map without weights: tokens whose gate is learning cannot be joined')
+        n = sum(lengths)
+        return replace(
+            self,
+            lengths=list(lengths),
+            cu_seqlens=cumulative(lengths, into.device),
+            level=torch.full((n,), -1, device=into.device).scatter_reduce(0, into, self.level, 'amax'),
+            center=self.pool(self.center, into, n),
+            size=self.size.new_zeros(n).index_add(0, into, self.size),
+            cover=into[self.cover],
+        )
+
+    def pool(self, x: Tensor, into: Tensor, n: int) -> Tensor:
+        """Features (N, C) of rows that are joined by ``into`` to (n, C): means, each row by its number of cells."""
+        share = self.size.clamp(min=1).to(x.dtype)  # (N,), a prefix row counts as one
+        total = share.new_zeros(n).index_add(0, into, share)
+        return x.new_zeros(n, x.shape[1]).index_add(0, into, x * share[:, None]) / total[:, None]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the gates said about a batch. Lists have one entry for each coarse level, the finest of them first.
+
+    Attributes:
+        logits: (B, hc, wc) float32, the noise-free logits of "coarse".
+        coarse: (B, hc, wc) bool, where the coarse token is active: decided coarse, and not part of a coarser one.
+    """
+
+    logits: List[Tensor]
+    coarse: List[Tensor]
+
+
+def cumulative(lengths: Sequence[int], device=None) -> Tensor:
+    """(B + 1,) int32, where each image begins, and the end."""
+    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(device)
+
+
+def region_grid(grid: Grid, side: int) -> Grid:
     """(hc, wc), the regions of side * side cells that cover a grid of (h, w) cells."""
     return -(-grid[0] // side), -(-grid[1] // side)
 
 
-def region_of_cell(grid: Tuple[int, int], side: int, device=None) -> Tensor:
+def region_of_cell(grid: Grid, side: int, device=None) -> Tensor:
     """(h * w,) int64, the index hc * wc of the region that each cell lies in."""
     h, w = grid
     _, wc = region_grid(grid, side)
@@ -102,35 +176,52 @@ def region_of_cell(grid: Tuple[int, int], side: int, device=None) -> Tensor:
     return (row[:, None] * wc + column).flatten()
 
 
-def over_cells(regions: Tensor, grid: Tuple[int, int], side: int) -> Tensor:
+def over_cells(regions: Tensor, grid: Grid, side: int) -> Tensor:
     """Replicates values of regions (B, hc, wc) over their cells (B, h, w); what lies beyond the grid is cut off."""
     return regions.flatten(1)[:, region_of_cell(grid, side, regions.device)].unflatten(1, grid)
 
 
+@lru_cache(maxsize=64)
+def candidates(grid: Grid, sides: Tuple[int, ...], prefix: int, device: torch.device) -> Tuple[Tensor, Tensor, Tensor]:
+    """Level (T,), center (T, 2) and size (T,) of an image's candidates, as in :class:`TokenMap`."""
+    levels, centers, sizes = [torch.full((prefix,), -1)], [torch.zeros(prefix, 2)], [torch.zeros(prefix)]
+    for level in reversed(range(len(sides))):
+        axes = []
+        for cells in grid:
+            begin = torch.arange(0, cells, sides[level])
+            end = (begin + sides[level]).clamp(max=cells)
+            axes.append(((begin + end) / 2, end - begin))
+        (y, height), (x, width) = axes
+        centers.append(torch.cartesian_prod(y, x))
+        sizes.append((height[:, None] * width).flatten().float())
+        levels.append(torch.full((len(centers[-1]),), level))
+    return tuple(torch.cat(parts).to(device) for parts in (levels, centers, sizes))
+
+
 class TokenSelector(nn.Module):
-    """Gate logits in, tokens out. It has no parameters; a forward hook on it sees every :class:`TokenBatch`.
+    """Gates in, tokens out. It has no parameters; a forward hook on it sees every map and decision.
 
     Args:
-        side: cells along a region's side.
-        train_tokens: which tokens a training step computes if the gate needs a gradient. ``'all'``: every candidate,
+        sides: cells along a token's side at each level, beginning with 1, each a multiple of the one before.
+        train_tokens: which tokens a training step computes if a gate needs a gradient. ``'all'``: every candidate,
             inactive ones masked; the definition, and slow. ``'trimmed'``: of each image the k candidates of largest
             soft value, k = largest active count in the batch. ``'active'``: the active ones alone, as at test time.
-            Without a gradient for the gate it is always ``'active'``.
+            Without a gradient for a gate it is always ``'active'``.
         temperature: T of m = sigmoid((logit + logistic noise) / T) in training.
         threshold: an image's region is coarse at test time iff sigmoid(logit) > threshold.
-        with_cls: whether each image has a cls token.
+        prefix: rows before each image's tokens: cls token and registers.
         token_budget: at test time, in place of the threshold: as few regions of a forward pass are coarse, those of the
-            largest logits, as keep the mean number of tokens of its images, cls token included, within this. Where
+            largest logits, as keep the mean number of tokens of its images, prefix included, within this. Where
             even all coarse is more, all are, with a warning.
     """
 
     def __init__(
         self,
-        side: int,
+        sides: Sequence[int],
         train_tokens: str,
         temperature: float,
         threshold: float,
-        with_cls: bool,
+        prefix: int,
         token_budget: Optional[float] = None,
     ):
         super().__init__()
@@ -142,99 +233,160 @@ class TokenSelector(nn.Module):
             raise ValueError(f'threshold must be in [0, 1], got {threshold}')
         if token_budget is not None and not token_budget > 0:
             raise ValueError(f'token_budget must be positive, got {token_budget}')
-        self.side = side
+        self.sides = tuple(sides)
         self.train_tokens = train_tokens
         self.temperature = temperature
         self.threshold = threshold
-        self.with_cls = with_cls
+        self.prefix = prefix
         self.token_budget = token_budget
 
     def extra_repr(self) -> str:
         decides = f'threshold={self.threshold}' if self.token_budget is None else f'token_budget={self.token_budget}'
         return f'train_tokens={self.train_tokens!r}, temperature={self.temperature}, {decides}'
 
-    def forward(self, logits: Tensor, grid: Tuple[int, int]) -> TokenBatch:
-        """Decides, and indexes what is kept.
+    def forward(self, gates: Sequence[Callable], grid: Grid) -> Tuple[TokenMap, Decision]:
+        """Decides level by level, coarsest first, and indexes what is kept.
 
         Args:
-            logits: (B, hc, wc) float32, of "coarse".
+            gates: of each coarse level, the finest first: takes its region grid (hc, wc) and where no coarser token
+                is active, (B, hc, wc) bool or None for everywhere, to float32 logits (B, hc, wc) of "coarse".
             grid: (h, w), the fine cells of each image.
 
         Raises:
             FloatingPointError: a logit is NaN or infinite. Names the training iteration, where there is one.
         """
-        learning = self.training and logits.requires_grad
-        if learning:
-            uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
-            soft = ((logits + uniform.logit()) / self.temperature).sigmoid()  # (B, hc, wc)
-            coarse = soft > 0.5
-        else:
-            soft = logits.sigmoid()
-            coarse = soft > self.threshold
-        parent = region_of_cell(grid, self.side, logits.device)  # (h * w,)
+        logits, soft, coarse = [], [], []  # coarsest first
+        left = None
+        for level in range(len(self.sides) - 1, 0, -1):
+            answer = gates[level - 1](region_grid(grid, self.sides[level]), left)  # (B, hc, wc)
+            learning = self.training and answer.requires_grad
+            m, chosen = self._decide(answer, learning)
+            chosen = chosen if left is None else chosen & left
+            logits.append(answer)
+            soft.append(m)
+            coarse.append(chosen)
+            left = self._inside(~chosen if left is None else left & ~chosen, grid, level)
+        learning = self.training and any(answer.requires_grad for answer in logits)
         if self.token_budget is not None and not self.training:
-            coarse = self._within_budget(logits, parent)
-        one = coarse.new_ones(len(coarse), int(self.with_cls))
-        active = torch.cat((one, coarse.flatten(1), ~coarse.flatten(1)[:, parent]), 1)  # (B, T)
+            coarse = self._within_budget(logits, grid)
+            left = self._fine(coarse, grid)
+        active = self._in_order(coarse + [left])  # (B, T)
         counts = active.sum(1)  # (B,)
-        *lengths, finite = torch.cat((counts, logits.isfinite().all()[None])).tolist()  # the one wait for the device
+        finite = torch.stack([answer.isfinite().all() for answer in logits]).all()
+        *lengths, finite = torch.cat((counts, finite[None])).tolist()  # the selection's one wait for the device
         if not finite:
-            raise_not_finite('gate logits', logits)
+            raise_not_finite('gate logits', torch.cat([answer.flatten() for answer in logits]))
 
         weight = None
         keep = active
+        masked = learning and self.train_tokens != 'active'
         if learning:
-            soft = torch.cat((one, soft.flatten(1), 1 - soft.flatten(1)[:, parent]), 1)  # (B, T)
+            soft = self._in_order(self._soft_values(soft, grid))  # (B, T)
             if self.train_tokens == 'all':
                 keep = torch.ones_like(active)
+                lengths = [keep.shape[1]] * len(lengths)
             elif self.train_tokens == 'trimmed':
                 best = (soft.detach() + active).topk(max(lengths), dim=1).indices  # active ones are the first counts
                 keep = torch.zeros_like(active).scatter_(1, best, True)
-            if self.train_tokens != 'active':
-                lengths = [int(keep.shape[1]) if self.train_tokens == 'all' else max(lengths)] * len(lengths)
+                lengths = [max(lengths)] * len(lengths)
             weight = active + (soft - soft.detach())  # (B, T)
 
         total = sum(lengths)
-        index = torch.nonzero_static(keep.flatten(), size=total).flatten()  # (N,)
+        index = torch.nonzero_static(keep.flatten(), size=total).flatten()  # (N,), image * T + candidate
         row = torch.full_like(keep, total, dtype=torch.long).flatten()  # (B * T,)
         row[index] = torch.arange(total, device=index.device)
-        row = row.unflatten(0, keep.shape)[:, one.shape[1] :]  # (B, hc * wc + h * w)
-        coarse_row, fine_row = row.tensor_split([coarse[0].numel()], dim=1)
-        coarse_row = coarse_row[:, parent]  # (B, h * w)
-        masked = learning and self.train_tokens != 'active'
-        cover = torch.stack((coarse_row, fine_row) if masked else (torch.minimum(coarse_row, fine_row),))
-        return TokenBatch(
+        rows = row.unflatten(0, keep.shape)[:, self.prefix :].split([c[0].numel() for c in coarse + [left]], dim=1)
+        sides = reversed(self.sides)
+        cover = torch.stack([r[:, region_of_cell(grid, s, r.device)] for r, s in zip(rows, sides)])  # (K, B, h * w)
+        if not masked:
+            cover = cover.amin(0, keepdim=True)
+        level, center, size = candidates(tuple(grid), self.sides, self.prefix, index.device)
+        candidate = index % keep.shape[1]
+        tokens = TokenMap(
             grid=tuple(grid),
-            side=self.side,
-            logits=logits,
-            coarse=coarse,
             lengths=lengths,
-            cu_seqlens=F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(logits.device),
-            index=index,
+            cu_seqlens=cumulative(lengths, index.device),
+            prefix=self.prefix,
+            level=level[candidate],
+            center=center[candidate],
+            size=size[candidate],
             cover=cover.unflatten(2, grid),
             weight=None if weight is None else weight.flatten()[index],
-            with_cls=self.with_cls,
         )
+        return tokens, Decision(logits[::-1], coarse[::-1])
 
-    def _within_budget(self, logits: Tensor, parent: Tensor) -> Tensor:
-        """The decision (B, hc, wc) that meets the budget; logits, since probabilities of sure regions are all 1."""
-        images, regions, cells = len(logits), logits[0].numel(), len(parent)
-        least = regions + int(self.with_cls)
-        if least > self.token_budget:
+    def _decide(self, logits: Tensor, learning: bool) -> Tuple[Tensor, Tensor]:
+        """Probabilities m, noisy where a gate is learning, and whether they mean coarse."""
+        if learning:
+            uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+            m = ((logits + uniform.logit()) / self.temperature).sigmoid()
+            return m, m > 0.5
+        m = logits.sigmoid()
+        return m, m > self.threshold
+
+    def _inside(self, regions: Tensor, grid: Grid, level: int) -> Tensor:
+        """Values of a level's regions at the places of the next finer level."""
+        finer = self.sides[level - 1]
+        return over_cells(regions, region_grid(grid, finer), self.sides[level] // finer)
+
+    def _fine(self, coarse: List[Tensor], grid: Grid) -> Tensor:
+        """Where no coarse token is active: (B, h, w) bool. Levels come coarsest first."""
+        covered = [over_cells(c, grid, side) for c, side in zip(coarse, reversed(self.sides))]
+        return ~torch.stack(covered).any(0)
+
+    def _in_order(self, levels: List[Tensor]) -> Tensor:
+        """Values of all levels, coarsest first, and ones for the prefix, in the order of the candidates: (B, T)."""
+        prefix = levels[0].new_ones(len(levels[0]), self.prefix)
+        return torch.cat((prefix, *(values.flatten(1) for values in levels)), 1)
+
+    def _soft_values(self, soft: List[Tensor], grid: Grid) -> List[Tensor]:
+        """A token's soft value: its own m times 1 - m of each coarser one around it; a fine token has no m."""
+        values, reach = [], torch.ones_like(soft[0])
+        for level, m in zip(range(len(soft), 0, -1), soft):
+            values.append(reach * m)
+            reach = self._inside(reach * (1 - m), grid, level)
+        return values + [reach]
+
+    def _within_budget(self, logits: List[Tensor], grid: Grid) -> List[Tensor]:
+        """The decision that meets the budget, coarsest level first; by logits, since sure probabilities are all 1.
+
+        All regions of all levels and images stand in one order, and the first k of them are coarse, where no coarser
+        one is: the fewest that are enough, found by bisection, since more coarse regions never mean more tokens.
+        """
+        images = len(logits[0])
+        fine = self.token_budget - self.prefix
+        least = logits[0][0].numel()
+        if least > fine:
             warnings.warn(
-                f'token_budget of {self.token_budget} cannot be met: an image of {regions} regions has {least} tokens '
-                'if all are coarse',
+                f'token_budget of {self.token_budget} cannot be met: an image of {least} regions has '
+                f'{least + self.prefix} tokens if all are coarse',
                 stacklevel=2,
             )
-        excess = images * (cells + int(self.with_cls) - self.token_budget)  # tokens that have to go
-        cells_of = parent.new_zeros(regions).scatter_add_(0, parent, torch.ones_like(parent))
-        saved = cells_of - 1  # (regions,), by a region that is coarse
-        order = logits.flatten().argsort(descending=True, stable=True)  # (B * regions,)
-        saved = saved.repeat(images)[order]
-        coarse = torch.empty_like(order, dtype=torch.bool)
-        # Coarse as long as those before it have not saved enough; of one cell at a corner, coarse would save nothing.
-        coarse[order] = (saved.cumsum(0) - saved < excess) & (saved > 0)
-        return coarse.view_as(logits)
+        order = torch.cat([level.flatten() for level in logits]).argsort(descending=True, stable=True)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        _, _, size = candidates(tuple(grid), self.sides[1:], 0, order.device)
+        # A region of one cell at a corner is never coarse: it would save nothing.
+        never = (size == 1).split([level[0].numel() for level in logits])
+        places = [
+            torch.where(n, len(order), p.view(images, -1)).view_as(level)
+            for p, n, level in zip(place.split([level.numel() for level in logits]), never, logits)
+        ]
+
+        def decide(k: Tensor) -> List[Tensor]:
+            coarse, left = [], None
+            for level, p in zip(range(len(places), 0, -1), places):
+                chosen = p < k if left is None else (p < k) & left
+                coarse.append(chosen)
+                left = self._inside(~chosen if left is None else left & ~chosen, grid, level)
+            return coarse + [left]
+
+        low, high = order.new_tensor(-1), order.new_tensor(len(order))  # the answer is in (low, high]
+        for _ in range(math.ceil(math.log2(len(order) + 1))):
+            middle = (low + high) // 2
+            enough = sum(part.sum() for part in decide(middle)) <= images * fine
+            low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+        return decide(high)[:-1]
 
 
 def raise_not_finite(name: str, values: Tensor) -> None:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from mmseg.structures import SegDataSample
 
 from .backbone import MSViT
-from .tokens import TokenBatch
+from .tokens import TokenMap
 
 # A panel is at least so many pixels wide, so that the cells of a small image can be told apart.
 PANEL_PIXELS = 480
@@ -115,7 +115,7 @@ def token_figure(
 
 def sample_figure(
     backbone: MSViT,
-    tokens: TokenBatch,
+    tokens: TokenMap,
     image: np.ndarray,
     sample: SegDataSample,
     palette: Sequence[Sequence[int]],

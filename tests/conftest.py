@@ -16,7 +16,7 @@ from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
-from mmseg_msvit import backbone
+from mmseg_msvit import blocks
 from mmseg_msvit.attention import attend_reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,10 +67,10 @@ def randomize(model, std=0.1):
 def use_plain_attention(monkeypatch):
     """Makes every block take the reference in place of the fused attention."""
 
-    def plain(qkv, lengths, weight, dropout, cu_seqlens):
-        return attend_reference(qkv, lengths, weight, dropout)
+    def plain(qkv, lengths, weight, dropout, cu_seqlens, bias):
+        return attend_reference(qkv, lengths, weight, dropout, bias)
 
-    monkeypatch.setattr(backbone, 'attend', plain)
+    monkeypatch.setattr(blocks, 'attend', plain)
 
 
 def force_logits(model, logits):

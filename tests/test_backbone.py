@@ -6,10 +6,10 @@ from conftest import SMALL, build_msvit, force_logits, randomize, use_plain_atte
 from mmseg.models.backbones import VisionTransformer
 from mmseg.registry import MODELS
 
-from mmseg_msvit import backbone
-from mmseg_msvit.backbone import block
+from mmseg_msvit.blocks import Places
+from mmseg_msvit.embedding import pad_to_regions
 
-SIZES = [(512, 512), (234, 345), (32, 128), (32, 32), (16, 16), (96, 80)]
+SIZES = [(512, 512), (234, 345), (32, 128), (32, 32), (16, 16), (96, 80), (7, 50), (1, 1)]
 RANDOM_GATE = dict(type='MLPGate', init_coarse=0.5)
 LEARNED = dict(gate=RANDOM_GATE)
 
@@ -19,9 +19,9 @@ def no_noise(monkeypatch):
 
 
 def watch_tokens(model):
-    """A list that fills with each forward's TokenBatch."""
+    """A list that fills with each forward's map and decision."""
     seen = []
-    model.select.register_forward_hook(lambda module, args, tokens: seen.append(tokens))
+    model.select.register_forward_hook(lambda module, args, out: seen.append(out))
     return seen
 
 
@@ -71,20 +71,19 @@ def test_training_output_is_the_packed_test_output(size, mode, options, monkeypa
     no_noise(monkeypatch)
     seen = watch_tokens(model)
     outputs = model.train()(images)
-    (tokens,) = seen
-    assert 0 < tokens.coarse.float().mean() < 1 and tokens.masked == (mode != 'active')
+    ((tokens, decision),) = seen
+    assert 0 < decision.coarse[0].float().mean() < 1 and tokens.masked == (mode != 'active')
     for a, b in zip(outputs, wanted):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('mode', ['all', 'trimmed'])
-def test_gradient_of_the_weights_is_that_of_the_definition(mode):
+def test_gradient_of_the_weights_is_that_of_the_definition(mode, monkeypatch):
     """Finite differences through embedding, masked blocks and the mixing on the grid, at a hard decision."""
     model = build_msvit(train_tokens=mode, img_size=(32, 64), embed_dims=8, num_layers=2, out_indices=(0, 1), **LEARNED)
     model = model.double().train()
     images = torch.randn(2, 3, 32, 64, dtype=torch.float64)
-    logits = model.gate(images, (1, 2))
-    tokens = model.select(logits, (2, 4))
+    _, tokens, _ = model.tokenize(images)
     assert 0 in tokens.weight
 
     def run(weight):
@@ -92,11 +91,11 @@ def test_gradient_of_the_weights_is_that_of_the_definition(mode):
         x = model.embed(images, batch)
         grids = []
         for layer in model.layers:
-            # the reference attention: a weight of 0 minus a step has no logarithm
-            x = block(layer, x, batch, None, 'all')
+            x = layer(x, batch, Places())
             grids.append(batch.to_grid(x))
         return torch.stack(grids)
 
+    use_plain_attention(monkeypatch)  # in the fused one a weight of 0 minus a step has no logarithm
     weight = tokens.weight.detach().double().requires_grad_()
     assert torch.autograd.gradcheck(run, weight, atol=1e-6, fast_mode=True)
 
@@ -206,10 +205,10 @@ def test_coarse_token_is_the_embedded_area_mean_and_detail_adds_a_convolution():
     model = build_msvit(coarse_embed='resize+detail', gate=dict(type='FixedGate', coarse=True))
     seen = watch_tokens(model)
     images = torch.randn(1, 3, 64, 48)
-    (padded, grid) = backbone.pad_to_regions(images, 16, 2)
+    (padded, grid) = pad_to_regions(images, 16, 2)
     with torch.no_grad():
         model(images)
-        x = model.embed(padded, seen[0])[1:]
+        x = model.embed(padded, seen[0][0])[1:]
         conv = model.patch_embed.projection
         mean = torch.nn.functional.interpolate(padded, scale_factor=0.5, mode='area')
         cells = conv(padded)
@@ -245,7 +244,7 @@ def test_frozen_gate_is_always_active_and_has_no_losses():
     seen = watch_tokens(model)
     model.gate.requires_grad_(False)
     out = model.train()(torch.randn(2, 3, 64, 64))
-    assert not seen[0].masked and seen[0].weight is None and model.pop_gate_losses([]) == {}
+    assert not seen[0][0].masked and seen[0][0].weight is None and model.pop_gate_losses([]) == {}
     sum(o.sum() for o in out).backward()
     assert all(p.grad is None for p in model.gate.parameters())
 
@@ -322,7 +321,7 @@ def test_bad_arguments(kwargs, message):
 @pytest.mark.parametrize(
     'shape, message',
     [
-        ((1, 3, 15, 64), r'images must be at least one patch of 16 px, got \(1, 3, 15, 64\)'),
+        ((1, 3, 0, 64), r'images must be \(B, in_channels=3, H, W\), got \(1, 3, 0, 64\)'),
         ((1, 4, 64, 64), r'images must be \(B, in_channels=3, H, W\), got \(1, 4, 64, 64\)'),
         ((3, 64, 64), r'images must be \(B, in_channels=3, H, W\), got \(3, 64, 64\)'),
     ],

@@ -1,3 +1,5 @@
+import warnings
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +16,7 @@ def segmentor(**backbone):
     return MODELS.build(
         dict(
             type='EncoderDecoder',
-            backbone=dict(type='MSViT', gate_loss=[dict(type='PurityLoss', loss_weight=2.0)], **backbone, **SMALL),
+            backbone={'type': 'MSViT', 'gate_loss': [dict(type='PurityLoss', loss_weight=2.0)], **backbone, **SMALL},
             decode_head=dict(type='FCNHead', in_channels=32, channels=8, num_classes=4, num_convs=1, in_index=1),
             test_cfg=dict(mode='whole'),
         )
@@ -51,6 +53,90 @@ def test_reads_the_loss_of_this_forward_and_no_other():
     purity = model(inputs, samples, mode='loss')['gate.loss_purity']
     logits = model.backbone.gate(inputs, (2, 2))
     torch.testing.assert_close(purity, model.backbone.gate_losses[0](logits, samples))
+
+
+def hooked(model):
+    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model))
+    return model
+
+
+def test_a_forgotten_hook_is_warned_of_at_the_second_forward():
+    model = segmentor().train()
+    inputs, samples = batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        model(inputs, samples, mode='loss')
+    with pytest.warns(UserWarning, match='nobody took the gate losses'):
+        model(inputs, samples, mode='loss')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        hooked(model)
+        for _ in range(2):
+            model(inputs, samples, mode='loss')
+        model.eval()(inputs, mode='tensor')
+        unowned = segmentor(gate=dict(type='FixedGate')).train()
+        for _ in range(2):
+            unowned(inputs, samples, mode='loss')
+
+
+class Twice(torch.nn.Module):
+    """A step with two views: the backbone runs on both."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        self.model(inputs.flip(3), data_samples, mode=mode)
+        return self.model(inputs, data_samples, mode=mode)
+
+
+def test_a_backbone_that_runs_twice_in_a_step_has_the_mean_of_both_and_no_labels():
+    inputs, samples = batch()
+    with pytest.raises(ValueError, match='PurityLoss reads data_samples, and the backbone ran 2 times'):
+        hooked(Twice(segmentor().train()))(inputs, samples, mode='loss')
+    model = segmentor(gate_loss=dict(type='TokenBudgetLoss')).train()
+    losses = hooked(Twice(model))(inputs, samples, mode='loss')
+    budget = model.backbone.gate_losses[0]
+    gate = model.backbone.gate
+    wanted = (budget(gate(inputs, (2, 2))) + budget(gate(inputs.flip(3), (2, 2)))) / 2
+    torch.testing.assert_close(losses['gate.loss_budget'], wanted)
+
+
+@pytest.mark.parametrize('how', ['deepcopy', 'pickle'])
+@pytest.mark.parametrize('when', ['after a forward', 'inside one'])
+def test_copies_have_gate_losses_of_their_own(how, when, tmp_path):
+    model = hooked(segmentor().train())
+    inputs, samples = batch()
+
+    def copied():
+        if how == 'deepcopy':
+            return deepcopy(model)
+        torch.save(model, tmp_path / 'model.pth')
+        return torch.load(tmp_path / 'model.pth', weights_only=False)
+
+    if when == 'inside one':
+        model.backbone.collect_gate_losses()
+    model.backbone(inputs)  # whose losses nobody has taken yet
+    copy = copied()
+    assert copy.backbone._gated == []
+    with torch.no_grad():
+        copy.backbone.gate.mlp[-1].bias.fill_(-3.0)
+    losses = copy(inputs, samples, mode='loss')
+    logits = torch.full((2, 2, 2), -3.0)
+    torch.testing.assert_close(losses['gate.loss_purity'], copy.backbone.gate_losses[0](logits, samples))
+
+
+def test_each_layer_is_called():
+    """CAM tools, per-layer checkpointing and counters hook the layers and their parts."""
+    model = segmentor().backbone.eval()
+    called = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda m, a, o, name=name: called.append(name))
+    model(torch.randn(1, 3, 64, 64))
+    for i in range(SMALL['num_layers']):
+        assert {f'layers.{i}{part}' for part in ('', '.ln1', '.attn', '.ln2', '.ffn', '.ffn.layers')} <= set(called)
+    assert {'patch_embed', 'gate', 'select', ''} <= set(called)
 
 
 def test_wants_one_msvit():

@@ -8,15 +8,22 @@ from mmseg_msvit.tokens import TokenSelector, over_cells, region_grid
 grids = st.tuples(st.integers(1, 7), st.integers(1, 7))
 
 
+class OneLevel(TokenSelector):
+    """Takes logits in the place of gates."""
+
+    def forward(self, logits, grid):
+        return super().forward([lambda regions, left: logits], grid)
+
+
 def selector(side=2, mode='active', with_cls=True, threshold=0.5):
-    return TokenSelector(side, mode, 1.0, threshold, with_cls)
+    return OneLevel((1, side), mode, 1.0, threshold, int(with_cls))
 
 
 @settings(max_examples=60, deadline=None)
 @given(grids, st.integers(2, 3), st.integers(1, 4), st.booleans(), st.integers(0, 99))
 def test_each_cell_is_covered_by_exactly_one_active_token(grid, side, images, with_cls, seed):
     logits = torch.randn(images, *region_grid(grid, side), generator=torch.Generator().manual_seed(seed))
-    tokens = selector(side, with_cls=with_cls).eval()(logits, grid)
+    tokens, _ = selector(side, with_cls=with_cls).eval()(logits, grid)
     # A token's feature is its own number: what comes back tells who covers a cell.
     number = torch.arange(sum(tokens.lengths)).float()[:, None]
     cells = tokens.to_grid(number)[:, 0].long()  # (B, h, w)
@@ -41,14 +48,14 @@ def test_each_cell_is_covered_by_exactly_one_active_token(grid, side, images, wi
 def test_token_count_follows_the_share_of_coarse_regions():
     logits = torch.full((1, 4, 4), -1.0)
     logits.view(-1)[:8] = 1  # p = 1/2 of Nc = 16 regions: Nc * (4 - 3p) = 40, and cls
-    assert selector().eval()(logits, (8, 8)).lengths == [41]
+    assert selector().eval()(logits, (8, 8))[0].lengths == [41]
 
 
 @pytest.mark.parametrize('mode', ['trimmed', 'all'])
 def test_training_keeps_more_than_the_active_tokens_with_weight_zero(mode):
     logits = torch.randn(3, 3, 3, requires_grad=True)
     select = selector(mode=mode).train()
-    tokens = select(logits, (5, 6))
+    tokens, _ = select(logits, (5, 6))
     counts = tokens.active_counts()
     kept = int(counts.max()) if mode == 'trimmed' else 1 + 9 + 30
     assert tokens.masked and tokens.lengths == [kept] * 3
@@ -59,35 +66,40 @@ def test_training_keeps_more_than_the_active_tokens_with_weight_zero(mode):
 def test_trimming_keeps_every_active_token_and_then_the_largest_soft_values():
     logits = torch.randn(4, 3, 3, requires_grad=True)
     torch.manual_seed(3)
-    tokens = selector(mode='trimmed').train()(logits, (6, 6))
+    tokens, _ = selector(mode='trimmed').train()(logits, (6, 6))
     torch.manual_seed(3)
-    everything = selector(mode='all').train()(logits, (6, 6))
-    candidates = 1 + 9 + 36
+    everything, _ = selector(mode='all').train()(logits, (6, 6))
     for b in range(4):
-        kept = tokens.index[tokens.index // candidates == b] % candidates
-        weights = everything.weight.split(everything.lengths)[b].detach()
-        assert set(weights.nonzero().flatten().tolist()) <= set(kept.tolist())
+        kept, all_of_them = names(tokens, b), names(everything, b)
+        active = everything.weight.split(everything.lengths)[b] > 0.5
+        assert {name for name, a in zip(all_of_them, active) if a} <= set(kept) <= set(all_of_them)
+
+
+def names(tokens, image):
+    """Level and centre of each token of an image."""
+    parts = (part.split(tokens.lengths)[image].tolist() for part in (tokens.level, tokens.center))
+    return [(level, *center) for level, center in zip(*parts)]
 
 
 def test_active_tokens_carry_the_gradient_of_their_own_soft_value():
     logits = torch.randn(2, 2, 2, requires_grad=True)
-    tokens = selector().train()(logits, (4, 4))
+    tokens, decision = selector().train()(logits, (4, 4))
     assert not tokens.masked and (tokens.weight == 1).all()
     tokens.to_grid(torch.ones(sum(tokens.lengths), 1)).sum().backward()
     # d soft / d logit has the sign of the decision: m for coarse, 1 - m for fine
-    assert torch.equal(logits.grad > 0, tokens.coarse)
+    assert torch.equal(logits.grad > 0, decision.coarse[0])
 
 
 def test_without_a_gradient_for_the_gate_only_active_tokens_are_kept():
-    tokens = selector(mode='all').train()(torch.randn(2, 2, 2), (4, 4))
+    tokens, _ = selector(mode='all').train()(torch.randn(2, 2, 2), (4, 4))
     assert not tokens.masked and tokens.weight is None
 
 
 def test_threshold_moves_the_decision_at_test_time():
     logits = torch.tensor([[[0.3, -0.3]]])
-    assert selector(threshold=0.5).eval()(logits, (2, 4)).coarse.tolist() == [[[True, False]]]
-    assert not selector(threshold=0.6).eval()(logits, (2, 4)).coarse.any()
-    assert selector(threshold=0.4).eval()(logits, (2, 4)).coarse.all()
+    assert selector(threshold=0.5).eval()(logits, (2, 4))[1].coarse[0].tolist() == [[[True, False]]]
+    assert not selector(threshold=0.6).eval()(logits, (2, 4))[1].coarse[0].any()
+    assert selector(threshold=0.4).eval()(logits, (2, 4))[1].coarse[0].all()
 
 
 def test_over_cells_cuts_off_what_lies_beyond_the_grid():

@@ -1,0 +1,39 @@
+"""mmseg's BEiT and MAE over tokens of several scales."""
+
+from typing import Optional
+
+from mmseg.models.backbones import MAE, BEiT
+from mmseg.registry import MODELS
+from torch import Tensor
+
+from .backbone import MixedScale
+from .blocks import Places
+from .positions import Relative
+from .tokens import TokenMap
+
+
+@MODELS.register_module()
+class MSBEiT(MixedScale, BEiT):
+    """BEiT with dynamic mixed-scale tokens.
+
+    Takes every argument of mmseg's :class:`BEiT` and those of :class:`MixedScale`; its state dict has mmseg's keys, and
+    those of what is added. Images of another size than ``img_size`` use the same bias for the same offset: tables are
+    cut, or continued by their edge, where mmseg's raises. Sizes that are no multiple of a patch are padded, where
+    mmseg's cuts them off.
+    """
+
+    def position(self, tokens: TokenMap) -> Optional[Tensor]:
+        return None
+
+    def places(self, tokens: TokenMap) -> Places:
+        return Places(relative=Relative.of(tokens, self.table, self.sides))
+
+
+@MODELS.register_module()
+class MSMAE(MixedScale, MAE):
+    """mmseg's MAE with dynamic mixed-scale tokens: a table of positions, and BEiT's relative bias.
+
+    Takes every argument of mmseg's :class:`MAE` and those of :class:`MixedScale`, as :class:`MSBEiT` does.
+    """
+
+    places = MSBEiT.places

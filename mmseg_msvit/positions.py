@@ -1,0 +1,162 @@
+"""Where tokens are, for each way that ViTs have of saying it: a table, rotary positions, relative bias.
+
+All are defined for a fine cell, and follow for a coarser token from the cells that it covers.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import List, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .tokens import Grid, TokenMap
+
+# The table's own modes, and bicubic with antialiasing, as DINOv2 with registers and timm resample.
+ANTIALIAS = '-antialias'
+
+
+def resample_table(table: Tensor, size: Grid, mode: str) -> Tensor:
+    """A table of positions (1, C, gh, gw) on another grid: (1, C, h, w).
+
+    Args:
+        table: positions.
+        size: (h, w).
+        mode: of :func:`torch.nn.functional.interpolate`; with ``-antialias`` after it, smoothed where it shrinks.
+    """
+    if tuple(table.shape[2:]) == tuple(size):
+        return table
+    antialias = mode.endswith(ANTIALIAS)
+    mode = mode[: -len(ANTIALIAS)] if antialias else mode
+    align = None if mode in ('nearest', 'area', 'nearest-exact') else False
+    resized = F.interpolate(table.float(), size=tuple(size), mode=mode, align_corners=align, antialias=antialias)
+    return resized.to(table.dtype)
+
+
+def table_positions(pos_embed: Tensor, table: Grid, grid: Grid, sides: Sequence[int], mode: str) -> Tensor:
+    """Positions of every token that an image can have.
+
+    The table is resampled to the image's grid as mmseg's ViT does it, but whenever (h, w) differ, not only their
+    product. A coarse position is the mean over the region's cells, at an odd edge over those that exist.
+
+    Args:
+        pos_embed: (1, 1 + gh * gw, C), cls first.
+        table: (gh, gw).
+        grid: (h, w) of the image.
+        sides: cells along a token's side at each level, beginning with 1.
+        mode: interpolation mode.
+
+    Returns:
+        (T + 1, C), coarsest level first, each in raster order, and cls last.
+    """
+    cells = pos_embed[:, 1:].unflatten(1, table).permute(0, 3, 1, 2)  # (1, C, gh, gw), channels last: it pools fast
+    cells = resample_table(cells, grid, mode).contiguous(memory_format=torch.channels_last)
+    levels = [F.avg_pool2d(cells, side, ceil_mode=True) for side in reversed(sides[1:])]  # divides by what exists
+    return torch.cat([level[0].flatten(1).T for level in (*levels, cells)] + [pos_embed[0, :1]])
+
+
+def rotary(kind: str, tokens: TokenMap, dims: int) -> Tuple[Tensor, Tensor, bool]:
+    """Sin and cos of each token's angles, from its centre, (N, 1, d) each; and whether pairs are interleaved.
+
+    ``'dinov3'``: angle = 2 pi (2 c / H - 1) / 100^(4 i / d) for the centre c in cells of H, i < d / 4, rows and then
+    columns, twice, for pairs (i, i + d / 2) (Simeoni et al. 2025). ``'eva02'``: angle = c' / 10000^(4 i / d), c' the
+    index of the cell, each twice, for neighbouring pairs (Fang et al. 2023). Prefix rows are not rotated.
+
+    Args:
+        kind: ``'dinov3'`` or ``'eva02'``.
+        tokens: of a batch.
+        dims: d, of a head.
+
+    Returns:
+        As said, float32.
+    """
+    frequency = torch.arange(dims // 4, device=tokens.center.device) * (4 / dims)
+    if kind == 'dinov3':
+        extent = tokens.center.new_tensor(tokens.grid)
+        angle = 2 * math.pi * (2 * tokens.center / extent - 1)[:, :, None] / 100.0**frequency  # (N, 2, d / 4)
+        angle = angle.flatten(1).repeat(1, 2)  # (N, d)
+    else:
+        angle = (tokens.center - 0.5)[:, :, None] / 10000.0**frequency
+        angle = angle.flatten(1).repeat_interleave(2, 1)
+    angle = torch.where(tokens.level[:, None] < 0, 0, angle)[:, None]  # (N, 1, d)
+    return angle.sin(), angle.cos(), kind != 'dinov3'
+
+
+def rotate(qkv: Tensor, sin: Tensor, cos: Tensor, interleaved: bool) -> Tensor:
+    """Rotates queries and keys, and leaves values: (N, 3, heads, d) to the same."""
+    qk, v = qkv[:, :2], qkv[:, 2:]
+    if interleaved:
+        turned = torch.stack((-qk[..., 1::2], qk[..., ::2]), -1).flatten(-2)
+    else:
+        first, second = qk.chunk(2, -1)
+        turned = torch.cat((-second, first), -1)
+    sin, cos = sin[:, None], cos[:, None]  # (N, 1, 1, d)
+    return torch.cat(((qk * cos + turned * sin).to(qkv.dtype), v), 1)
+
+
+@dataclass(frozen=True)
+class Relative:
+    """Relative positions of the tokens of each image, for tables as BEiT has them.
+
+    The bias of two tokens is the mean over the pairs of cells that they cover. Along each axis that is a filter of the
+    table which depends on both extents alone: [1, 1] / 2 between one cell and two, [1, 2, 1] / 4 between two and two.
+    So each pair of extents has a filtered table, and each pair of tokens one row in it.
+
+    Attributes:
+        window: (Wh, Ww), the cells that the table is for.
+        grid: (h, w) of the images. Tables are cut, or continued by their edge, so that an offset keeps its bias.
+        filters: for both axes (E * E, D, D), a matrix for each pair of extents; D = 2 h - 1 or 2 w - 1 offsets.
+        index: of each image (n, n) int64, rows of the filtered table; queries are rows.
+    """
+
+    window: Grid
+    grid: Grid
+    filters: Tuple[Tensor, Tensor]
+    index: List[Tensor]
+
+    @staticmethod
+    def of(tokens: TokenMap, window: Grid, sides: Sequence[int]) -> 'Relative':
+        """Indexes all pairs of tokens; for tokens that are squares of cells, cut at the grid's edge."""
+        device = tokens.level.device
+        side = torch.tensor(sides, device=device)[tokens.level.clamp(min=0)]  # (N,)
+        filters, offsets, kinds = [], [], []
+        for axis, cells in enumerate(tokens.grid):
+            extents = sorted({s for s in sides if s <= cells} | {cells % s for s in sides if cells % s})
+            filters.append(torch.stack([_mean_over(a, b, 2 * cells - 1) for a in extents for b in extents]).to(device))
+            begin = tokens.center[:, axis].div(side, rounding_mode='floor').long() * side  # (N,)
+            extent = torch.minimum(side, cells - begin)
+            extent = torch.searchsorted(torch.tensor(extents, device=device), extent)  # its number
+            pairs = [part[:, None] * len(extents) + part for part in extent.split(tokens.lengths)]
+            kinds.append(pairs)  # for each image (n, n)
+            offsets.append([part[:, None] - part + cells - 1 for part in begin.split(tokens.lengths)])
+        (rows_y, height, _), (rows_x, width, _) = (f.shape for f in filters)
+        end = rows_y * rows_x * height * width
+        index = []
+        for ky, kx, dy, dx, level in zip(*kinds, *offsets, tokens.level.split(tokens.lengths)):
+            pairs = ((ky * rows_x + kx) * height + dy) * width + dx  # (n, n)
+            prefix = level < 0
+            # The table ends with the bias of cls as a query, as a key, and as both; registers take it too.
+            pairs = torch.where(prefix[:, None], end, pairs)
+            pairs = torch.where(prefix, torch.where(prefix[:, None], end + 2, end + 1), pairs)
+            index.append(pairs)
+        return Relative(tuple(window), tokens.grid, tuple(filters), index)
+
+    def filter(self, table: Tensor) -> Tensor:
+        """A layer's table ((2 Wh - 1) (2 Ww - 1) + 3, heads) to the one that is indexed, (rows, heads)."""
+        offsets, cls = table[:-3].unflatten(0, [2 * cells - 1 for cells in self.window]), table[-3:]
+        for axis, (cells, known) in enumerate(zip(self.grid, self.window)):
+            near = torch.arange(1 - cells, cells, device=table.device).clamp(1 - known, known - 1)
+            offsets = offsets.index_select(axis, near + known - 1)
+        filtered = torch.einsum('pab,qcd,bdh->pqach', *(f.to(table.dtype) for f in self.filters), offsets)
+        return torch.cat((filtered.flatten(0, 3), cls))
+
+
+def _mean_over(a: int, b: int, offsets: int) -> Tensor:
+    """The filter of a pair of extents: the mean over offsets d + i - j for i < a and j < b."""
+    matrix = torch.zeros(offsets, offsets)
+    for i in range(a):
+        for j in range(b):
+            if abs(i - j) < offsets:
+                matrix += torch.ones(offsets - abs(i - j)).diag(i - j)
+    return matrix / (a * b)
