@@ -1,0 +1,263 @@
+"""Any number of scales: the invariants that hold for two, and what only more of them have."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from conftest import build_msvit, use_plain_attention
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmseg_msvit.backbone import MSViT
+from mmseg_msvit.blocks import Places
+from mmseg_msvit.tokens import TokenSelector, region_grid
+
+THREE = dict(img_size=128, scales=(16, 32, 64))
+
+
+def force_levels(model, images, grid, scale=2.0, seed=1):
+    """Makes every gate answer random logits, and gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    answers = []
+    for gate, side in zip(model.gates, model.sides[1:]):
+        logits = scale * torch.randn(images, *region_grid(grid, side), generator=generator)
+        gate.register_forward_hook(lambda m, a, out, logits=logits: logits.to(out.dtype) + out - out.detach())
+        answers.append(logits)
+    return answers
+
+
+def cell_by_cell(logits, sides, grid, image):
+    """The definition: of each cell, (level, y, x) of the token that covers it."""
+    found = {}
+    for y, x in itertools.product(*map(range, grid)):
+        for level in range(len(sides) - 1, -1, -1):
+            place = y // sides[level], x // sides[level]
+            if level == 0 or logits[level - 1][image][place] > 0:
+                found[y, x] = (level, *place)
+                break
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(st.integers(1, 11), st.integers(1, 11)),
+    st.sampled_from([(1, 2, 4), (1, 3, 6), (1, 2, 4, 8), (1, 2, 6)]),
+    st.integers(0, 2),
+    st.integers(0, 999),
+)
+def test_each_cell_is_covered_by_the_coarsest_region_that_says_so(grid, sides, prefix, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = [torch.randn(2, *region_grid(grid, side), generator=generator) for side in sides[1:]]
+    select = TokenSelector(sides, 'active', 1.0, 0.5, prefix).eval()
+    tokens, decision = select([lambda g, left, a=a: a for a in logits], grid)
+    number = torch.arange(sum(tokens.lengths)).float()[:, None]
+    rows = tokens.to_grid(number)[:, 0].long()  # (B, h, w)
+    for image in range(2):
+        wanted = cell_by_cell(logits, sides, grid, image)
+        owners = {}
+        for (y, x), owner in wanted.items():
+            row = rows[image, y, x].item()
+            assert owners.setdefault(owner, row) == row and tokens.level[row] == owner[0]
+            cells = [cell for cell, other in wanted.items() if other == owner]
+            center = torch.tensor(cells).float().mean(0) + 0.5
+            assert torch.equal(tokens.center[row], center) and tokens.size[row] == len(cells)
+        assert tokens.lengths[image] == len(set(owners.values())) + prefix
+        assert decision.coarse[-1][image].equal(logits[-1][image] > 0)
+    assert tokens.active_counts().tolist() == tokens.lengths
+    counts = sum(tokens.active_counts(level) for level in range(-1, len(sides)))
+    assert counts.tolist() == tokens.lengths
+
+
+def test_from_grid_is_the_mean_of_a_tokens_cells():
+    logits = [torch.randn(2, 3, 4), torch.randn(2, 2, 2)]
+    tokens, _ = TokenSelector((1, 2, 4), 'active', 1.0, 0.5, 1).eval()([lambda g, left, a=a: a for a in logits], (5, 7))
+    cells = torch.randn(2, 3, 5, 7)
+    mean = tokens.from_grid(cells)
+    assert (mean[tokens.prefix_rows()] == 0).all()
+    x = torch.randn(len(mean), 3)
+    # <to_grid(x), cells> = <x, size * from_grid(cells)>: the adjoint, but for the size
+    a, b = (tokens.to_grid(x) * cells).sum(), (x * mean * tokens.size[:, None]).sum()
+    torch.testing.assert_close(a, b)
+
+
+def test_merged_rows_keep_every_cell_and_are_means():
+    logits = [torch.full((2, 2, 2), -9.0)]
+    tokens, _ = TokenSelector((1, 2), 'active', 1.0, 0.5, 1).eval()([lambda g, left: logits[0]], (4, 4))
+    into = torch.cat([torch.tensor([0, 1, 1, *range(2, 16)]), 16 + torch.tensor([0, 1, 1, *range(2, 16)])])
+    merged = tokens.merge(into, [16, 16])
+    x = torch.randn(34, 5)
+    pooled = tokens.pool(x, into, 32)
+    torch.testing.assert_close(pooled[1], x[1:3].mean(0))
+    grid = merged.to_grid(pooled)
+    torch.testing.assert_close(grid[0, :, 0, 0], pooled[1])
+    torch.testing.assert_close(grid[0, :, 0, 1], pooled[1])
+    assert merged.size[1] == 2 and merged.center[1].tolist() == [0.5, 1.0] and merged.lengths == [16, 16]
+    twice = merged.merge(torch.tensor([0, 1, 1, *range(2, 15), *range(15, 31)]), [15, 16])
+    assert twice.size[1] == 3
+    torch.testing.assert_close(
+        merged.pool(pooled, torch.tensor([0, 1, 1, *range(2, 15), *range(15, 31)]), 31)[1], x[1:4].mean(0)
+    )
+
+
+@pytest.mark.parametrize('size', [(128, 128), (100, 140), (33, 200)])
+@pytest.mark.parametrize('mode', ['all', 'trimmed', 'active'])
+@pytest.mark.parametrize('options', [{}, dict(coarse_embed='resize+detail', num_register_tokens=2)])
+def test_training_output_is_the_packed_test_output(size, mode, options, monkeypatch):
+    model = build_msvit(train_tokens=mode, **THREE, **options)
+    grid = -(-size[0] // 16), -(-size[1] // 16)
+    force_levels(model, 3, grid)
+    images = torch.randn(3, 3, *size)
+    with torch.no_grad():
+        wanted = model(images)
+    monkeypatch.setattr(torch, 'rand_like', lambda x: torch.full_like(x, 0.5))  # no noise
+    tokens = []
+    model.select.register_forward_hook(lambda m, a, out: tokens.append(out[0]))
+    outputs = model.train()(images)
+    assert set(tokens[0].level.tolist()) == {-1, 0, 1, 2} and tokens[0].masked == (mode != 'active')
+    for a, b in zip(outputs, wanted):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('size', [(128, 128), (50, 100)])
+def test_a_batch_is_its_images(size):
+    model = build_msvit(gate=dict(type='VarianceGate', coarse_ratio=0.5), **THREE)
+    images = torch.randn(4, 3, *size)
+    images[0] = 0
+    with torch.no_grad():
+        together = model(images)
+        for i in range(4):
+            for a, b in zip(model(images[i : i + 1]), together):
+                torch.testing.assert_close(a[0], b[i], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('mode', ['all', 'trimmed', 'active'])
+@pytest.mark.parametrize('logit', [9.0, -9.0, None])
+def test_each_parameter_gets_a_gradient(mode, logit):
+    losses = [dict(type='GeneralizedBatchShapingLoss'), dict(type='TokenBudgetLoss')]
+    model = build_msvit(train_tokens=mode, gate_loss=losses, coarse_embed='resize+detail', **THREE).train()
+    if logit is not None:
+        for gate in model.gates:
+            gate.register_forward_hook(lambda m, a, out: torch.full_like(out, logit) + out - out.detach())
+    loss = sum(o.square().mean() for o in model(torch.randn(2, 3, 128, 128)))
+    gate = model.pop_gate_losses([])
+    assert {'loss_gbas', 'loss_gbas_2', 'loss_budget', 'loss_budget_2', 'coarse_fraction_2'} <= set(gate)
+    (loss + sum(value for name, value in gate.items() if name.startswith('loss'))).backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize('mode', ['all', 'trimmed'])
+def test_gradients_are_those_of_the_definition(mode, monkeypatch):
+    """In float64 against the plain attention, and by finite differences through the weights."""
+    grads = []
+    for plain in (False, True):
+        torch.manual_seed(0)
+        model = build_msvit(
+            train_tokens=mode, num_layers=2, embed_dims=16, out_indices=(0, 1), **{**THREE, 'img_size': 64}
+        )
+        model = model.double().train()
+        force_levels(model, 2, (4, 4))
+        if plain:
+            use_plain_attention(monkeypatch)
+        images = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        torch.manual_seed(4)
+        sum(o.square().sum() for o in model(images)).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name in grads[1]:
+        torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-7, atol=1e-9)
+
+    _, tokens, _ = model.tokenize(images)
+
+    def run(weight):
+        batch = dataclasses.replace(tokens, weight=weight)
+        x = model.layers[0](model.embed(images, batch), batch, Places())
+        return batch.to_grid(x)
+
+    weight = tokens.weight.detach().double().requires_grad_()
+    assert 0 in weight and torch.autograd.gradcheck(run, weight, atol=1e-6, fast_mode=True)
+
+
+@pytest.mark.parametrize('mode', ['all', 'trimmed', 'active'])
+def test_checkpointing_changes_nothing(mode):
+    results = []
+    for with_cp in (False, True):
+        torch.manual_seed(0)
+        model = build_msvit(train_tokens=mode, with_cp=with_cp, drop_path_rate=0.5, drop_rate=0.1, **THREE).train()
+        force_levels(model, 2, (8, 8))
+        torch.manual_seed(1)
+        outputs = model(torch.randn(2, 3, 128, 128))
+        sum(o.square().sum() for o in outputs).backward()
+        results.append([*outputs, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('size', [(128, 128), (49, 79)])
+def test_each_pixel_has_a_gradient(size):
+    model = build_msvit(gate=dict(type='FixedGate', coarse=True), **THREE)
+    images = torch.randn(1, 3, *size, requires_grad=True)
+    tokens = []
+    model.select.register_forward_hook(lambda m, a, out: tokens.append(out[0]))
+    model(images)[-1].square().sum().backward()
+    assert (images.grad != 0).all()
+    assert tokens[0].lengths == [1 + -(-size[0] // 64) * -(-size[1] // 64)]  # all coarsest
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('gate', ['RandomGate', 'VarianceGate'])
+def test_a_forced_ratio_holds_at_each_level_for_what_is_left(gate):
+    model = build_msvit(gate=dict(type=gate, coarse_ratio=0.5), img_size=512, scales=(16, 32, 64))
+    seen = []
+    model.select.register_forward_hook(lambda m, a, out: seen.append(out))
+    model(torch.randn(4, 3, 512, 512))
+    ((tokens, decision),) = seen
+    first = decision.coarse[1].float().mean(dim=(1, 2))
+    left = 256 - 4 * decision.coarse[1].sum((1, 2))
+    second = decision.coarse[0].sum((1, 2)) / left
+    if gate == 'VarianceGate':
+        assert (first == 0.5).all() and (second == 0.5).all()
+    else:
+        assert abs(first.mean() - 0.5) < 0.1 and abs(second.mean() - 0.5) < 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('budget', [7.0, 12.5, 20, 33, 50, 65, 80])
+def test_token_budget_is_met_by_one_threshold_for_all_levels(budget):
+    model = build_msvit(token_budget=budget, **THREE)
+    logits = force_levels(model, 3, (8, 8), scale=30.0)
+    seen = []
+    model.select.register_forward_hook(lambda m, a, out: seen.append(out))
+    model(torch.randn(3, 3, 128, 128))
+    ((tokens, decision),) = seen
+    mean = sum(tokens.lengths) / 3
+    assert mean <= budget
+
+    def count(threshold):
+        select = TokenSelector(model.sides, 'active', 1.0, 0.5, 1).eval()
+        asked = [lambda g, left, a=a: a - threshold for a in logits]
+        return sum(select(asked, (8, 8))[0].lengths) / 3
+
+    every = torch.cat([a.flatten() for a in logits]).sort().values
+    counts = [count(threshold) for threshold in [every[0] - 1, *((every[1:] + every[:-1]) / 2), every[-1] + 1]]
+    assert counts == sorted(counts)  # more threshold is never fewer tokens
+    assert mean == max(c for c in counts if c <= budget)
+
+
+def test_other_scales_and_patches():
+    for patch, scales in ((14, (14, 28, 56)), (8, (8, 16, 32)), (14, (14, 28)), (16, (16, 48, 96))):
+        model = build_msvit(patch_size=patch, scales=scales, img_size=8 * patch)
+        h, w = -(-100 // patch), -(-140 // patch)
+        assert model.train()(torch.randn(2, 3, 100, 140))[0].shape == (2, 32, h, w)
+
+
+@pytest.mark.parametrize('scales', [(16, 32, 80), (16,), (16, 32, 32), (16, 64, 32)])
+def test_bad_scales(scales):
+    with pytest.raises(ValueError, match='scales must be .patch_size, a larger multiple'):
+        build_msvit(scales=scales)
+
+
+def test_two_scales_have_no_new_keys():
+    assert not any('coarser' in name for name in MSViT(img_size=64, embed_dims=32, num_heads=2).state_dict())
