@@ -6,6 +6,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 from mmengine.evaluator import BaseMetric
+from mmengine.logging import MessageHub
 from mmseg.registry import METRICS
 
 from .backbone import MSViT
@@ -33,12 +34,27 @@ class Recorder:
         self.passes = deque(maxlen=4096)
 
     def __call__(self, backbone: MSViT, tokens: TokenBatch) -> None:
-        self.passes.append((backbone, tokens))
+        self.passes.append((current_batch(), backbone, tokens))
 
     def take(self) -> List[List[Dict[str, int]]]:
-        """A list for each pass, with a dict for each of its images; forgets them."""
-        passes, self.passes = list(self.passes), deque(maxlen=self.passes.maxlen)
-        return [pass_costs(backbone, tokens) for backbone, tokens in passes]
+        """A list for each pass of the runner's current batch, with a dict for each of its images; forgets all passes.
+
+        Those of an earlier batch belong to an evaluation that was interrupted or had no metric that took them.
+        """
+        batch, passes = current_batch(), list(self.passes)
+        self.passes.clear()
+        return [pass_costs(backbone, tokens) for seen, backbone, tokens in passes if seen == batch]
+
+
+def current_batch() -> tuple:
+    """Tells the batches of a runner's evaluations apart.
+
+    Nobody tells a metric that an evaluation begins. But the runner's timer notes before each batch how long it waited
+    for the data, and the number of its notes only grows.
+    """
+    hub = MessageHub.get_current_instance()
+    notes = (hub.log_scalars.get(f'{mode}/data_time') for mode in ('val', 'test'))
+    return (hub.instance_name, *(0 if note is None else len(note.data[0]) for note in notes))
 
 
 def pass_costs(backbone: MSViT, tokens: TokenBatch) -> List[Dict[str, int]]:
@@ -67,8 +83,11 @@ class TokenMetric(BaseMetric):
 
     ``val_evaluator = [dict(type='IoUMetric', iou_metrics=['mIoU']), dict(type='TokenMetric')]``. All windows of a slide
     inference and all views of test-time augmentation count as the image's. Under a sampler that repeats images to fill
-    the last batch, or on several ranks, each image counts once. Predictions of your own between two evaluations would
-    be counted as the next image's: make them inside :func:`~mmseg_msvit.inspection.looking_at`.
+    the last batch, or on several ranks, each image counts once. Passes that an interrupted evaluation, or one without
+    this metric, has left do not count. That rests on the timer that every runner has by default: with the timer off,
+    without a runner, or where a newer runner has been built since, passes that nobody took count as the next image's.
+    Predictions of your own between a batch's and its metrics do so always: make them inside
+    :func:`~mmseg_msvit.inspection.looking_at`.
 
     Results, for ``tokens`` (cls token included) and ``encoder_gmacs`` (the blocks alone, as the paper counts):
     ``_mean``, ``_p5``, ``_p50``, ``_p95``, and ``_of_dense``, the sum over the sum of the dense ViT's in percent. And

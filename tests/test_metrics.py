@@ -5,7 +5,7 @@ import gc
 import numpy as np
 import pytest
 import torch
-from conftest import build_msvit, force_logits
+from conftest import build_msvit, build_runner, force_logits
 from mmengine.config import ConfigDict
 from mmseg.registry import METRICS, MODELS
 
@@ -72,6 +72,25 @@ def test_without_an_msvit_it_says_so():
     counter = metric()
     with pytest.raises(RuntimeError, match='no MSViT has run'):
         counter.process({}, [{}])
+
+
+def test_passes_that_an_interrupted_or_metricless_evaluation_left_do_not_count(config):
+    iou = dict(type='IoUMetric', iou_metrics=['mIoU'])
+    config.val_evaluator, config.test_evaluator = iou, [iou, dict(type='TokenMetric')]
+    runner = build_runner(config, **{'model.test_cfg': dict(mode='slide', crop_size=(64, 64), stride=(32, 32))})
+    first = runner.test()
+    assert first['msvit/tokens_mean'] == 4 * 5  # windows of 2 x 2 regions, at first all coarse
+    runner.val()
+    assert runner.test() == first
+
+    def interrupt(module, args, output):
+        raise KeyboardInterrupt
+
+    handle = runner.model.backbone.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        runner.test()
+    handle.remove()
+    assert runner.test() == first
 
 
 SLIDE = dict(mode='slide', crop_size=(64, 64), stride=(32, 32))
