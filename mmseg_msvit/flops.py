@@ -5,9 +5,10 @@ softmax, resizing and the moving of tokens are not, as is usual.
 """
 
 from copy import deepcopy
-from typing import Callable, Dict, Tuple
+from typing import Callable, Dict, List, Optional, Tuple
 
 import torch
+from mmengine.dataset import pseudo_collate
 from mmseg.models.backbones import VisionTransformer
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .backbone import MSViT
 from .tokens import TokenBatch, region_grid
+
+PARTS = ('gate', 'embedding', 'encoder', 'neck', 'head')
 
 
 def linear_macs(module: nn.Module) -> int:
@@ -66,7 +69,7 @@ def msvit_macs(backbone: MSViT, grid: Tuple[int, int], coarse: int, fine: int) -
     )
 
 
-def batch_macs(backbone: MSViT, tokens: TokenBatch) -> list:
+def batch_macs(backbone: MSViT, tokens: TokenBatch) -> List[Dict[str, int]]:
     """:func:`msvit_macs` of each image of a batch, as its tokens are at test time."""
     coarse = tokens.coarse.flatten(1).sum(1).tolist()
     active = tokens.active_counts().tolist()
@@ -133,3 +136,94 @@ class HeadMacs:
                     features = self.neck(features)
             self.known[grid] = dict(neck=neck, head=operator_macs(self.head, features))
         return self.known[grid]
+
+
+def image_grid(backbone: VisionTransformer, height: int, width: int) -> Tuple[int, int]:
+    """(h, w), the cells of an image of (height, width) pixels."""
+    return -(-height // backbone.patch_size), -(-width // backbone.patch_size)
+
+
+def cost(
+    backbone: VisionTransformer,
+    grid: Tuple[int, int],
+    tokens: int,
+    macs: Dict[str, int],
+    heads: Optional[HeadMacs] = None,
+) -> Dict[str, int]:
+    """What one pass over one image costs, and what it would cost the dense ViT.
+
+    Args:
+        backbone: the model.
+        grid: (h, w) cells of the image.
+        tokens: its tokens, cls included.
+        macs: those of the backbone, by part.
+        heads: counts neck and head; without it they are left out.
+
+    Returns:
+        ``tokens``, MACs of each part and in ``total``; and the dense ViT's, each name with ``dense_`` before it.
+    """
+    after = heads(grid) if heads else {}
+    found = {}
+    for kind, count, parts in (
+        ('', tokens, macs),
+        ('dense_', grid[0] * grid[1] + int(backbone.with_cls_token), dense_macs(backbone, grid)),
+    ):
+        parts = {**parts, **after}
+        found.update({f'{kind}{key}': value for key, value in parts.items()})
+        found.update({f'{kind}tokens': count, f'{kind}total': sum(parts.values())})
+    return found
+
+
+def pass_costs(backbone: MSViT, tokens: TokenBatch, heads: Optional[HeadMacs] = None) -> List[Dict[str, int]]:
+    """:func:`cost` of each image of a batch, as its tokens are at test time."""
+    counts = tokens.active_counts().tolist()
+    macs = batch_macs(backbone, tokens)
+    return [cost(backbone, tokens.grid, count, parts, heads) for count, parts in zip(counts, macs)]
+
+
+def dense_cost(backbone: VisionTransformer, grid: Tuple[int, int], heads: Optional[HeadMacs] = None) -> Dict[str, int]:
+    """:func:`cost` of a ViT that has all tokens."""
+    cells = grid[0] * grid[1]
+    return cost(backbone, grid, cells + int(backbone.with_cls_token), dense_macs(backbone, grid), heads)
+
+
+def add_up(passes: List[Dict[str, int]]) -> Dict[str, int]:
+    """An image's cost from those of its passes."""
+    return {key: sum(part[key] for part in passes) for key in passes[0]}
+
+
+@torch.no_grad()
+def inference_cost(model: nn.Module, heads: HeadMacs, data: dict) -> Dict[str, int]:
+    """:func:`cost` of an image in the segmentor's own inference, whose windows add up; only the gate runs.
+
+    Args:
+        model: a segmentor with an MSViT or a dense ViT.
+        heads: of the model.
+        data: what the test pipeline made of the image.
+    """
+    backbone, passes = model.backbone, []
+
+    def encode_decode(inputs, batch_img_metas):
+        """In place of the segmentor's: counts a window (1, C, H, W)."""
+        if isinstance(backbone, MSViT):
+            passes.extend(pass_costs(backbone, backbone.tokenize(inputs)[1], heads))
+        else:
+            passes.append(dense_cost(backbone, image_grid(backbone, *inputs.shape[2:]), heads))
+        return inputs.new_zeros(len(inputs), model.out_channels, *inputs.shape[2:])
+
+    model.encode_decode = encode_decode
+    try:
+        batch = model.data_preprocessor(pseudo_collate([data]), training=False)
+        model.inference(batch['inputs'], [sample.metainfo for sample in batch['data_samples']])
+    finally:
+        del model.encode_decode
+    return add_up(passes)
+
+
+def share_cost(backbone: MSViT, heads: HeadMacs, grid: Tuple[int, int], share: float) -> Dict[str, int]:
+    """:func:`cost` of an image of which a share of the regions is coarse; at odd edges as if all had equal cells."""
+    hc, wc = region_grid(grid, backbone.side)
+    coarse = round(share * hc * wc)
+    fine = round(grid[0] * grid[1] * (1 - coarse / (hc * wc)))
+    tokens = coarse + fine + int(backbone.with_cls_token)
+    return cost(backbone, grid, tokens, msvit_macs(backbone, grid, coarse, fine), heads)

@@ -1,11 +1,13 @@
 """Looking at the tokens of a running model, from outside."""
 
 from contextlib import contextmanager
-from typing import Dict, Iterator, List
+from typing import Dict, Iterator, List, Tuple
 from weakref import WeakSet
 
 import torch
 from mmengine.config import ConfigDict
+from mmengine.dataset import pseudo_collate
+from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from .backbone import MSViT
@@ -60,6 +62,19 @@ def looking_at(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         model.test_cfg, MSViT.observers = test_cfg, observers
+
+
+def look(model: nn.Module, data: dict) -> Tuple[SegDataSample, TokenBatch]:
+    """What a segmentor makes of one image, in one piece, by :func:`looking_at`, and its tokens.
+
+    Args:
+        model: a segmentor with an MSViT.
+        data: what a test pipeline made of the image.
+    """
+    with looking_at(model), record_tokens(model) as seen:
+        (sample,) = model.test_step(pseudo_collate([data]))
+    (tokens,) = seen
+    return sample, tokens
 
 
 def coarse_by_purity(tokens: TokenBatch, labels: Tensor, region: int, purity: float = 0.95) -> Dict[str, int]:

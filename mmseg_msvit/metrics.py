@@ -10,7 +10,7 @@ from mmengine.logging import MessageHub
 from mmseg.registry import METRICS
 
 from .backbone import MSViT
-from .flops import batch_macs, dense_macs
+from .flops import PARTS, pass_costs
 from .tokens import TokenBatch
 
 PERCENTILES = (5, 50, 95)
@@ -20,6 +20,25 @@ def summarize(values: Sequence[float]) -> Dict[str, float]:
     """``mean``, ``p5``, ``p50`` and ``p95`` of a data set's values."""
     values = np.asarray(values, dtype=float)
     return dict(mean=float(values.mean()), **{f'p{p}': float(np.percentile(values, p)) for p in PERCENTILES})
+
+
+def summarize_costs(images: List[Dict[str, int]]) -> Dict[str, Any]:
+    """Statistics over the images of a data set.
+
+    Args:
+        images: the cost of each, by :mod:`.flops`, with neck and head.
+
+    Returns:
+        ``images``, their number; and for ``tokens``, and in GMACs for each part and ``total``, what :func:`summarize`
+        gives, the mean of the ``dense`` ViT, and the share ``of_dense``, None of nothing.
+    """
+    found: Dict[str, Any] = {'images': len(images)}
+    for key, unit in (('tokens', 1), *((key, 1e9) for key in (*PARTS, 'total'))):
+        dense = sum(image[f'dense_{key}'] for image in images) / unit / len(images)
+        found[key] = summarize([image[key] / unit for image in images])
+        found[key]['dense'] = dense
+        found[key]['of_dense'] = found[key]['mean'] / dense if dense else None
+    return found
 
 
 class Recorder:
@@ -55,23 +74,6 @@ def current_batch() -> tuple:
     hub = MessageHub.get_current_instance()
     notes = (hub.log_scalars.get(f'{mode}/data_time') for mode in ('val', 'test'))
     return (hub.instance_name, *(0 if note is None else len(note.data[0]) for note in notes))
-
-
-def pass_costs(backbone: MSViT, tokens: TokenBatch) -> List[Dict[str, int]]:
-    """Tokens and MACs of each image of a pass at test time, and those of the dense ViT."""
-    dense = dense_macs(backbone, tokens.grid)
-    dense_tokens = tokens.grid[0] * tokens.grid[1] + int(tokens.with_cls)
-    return [
-        dict(
-            tokens=count,
-            dense_tokens=dense_tokens,
-            encoder=macs['encoder'],
-            dense_encoder=dense['encoder'],
-            backbone=sum(macs.values()),
-            dense_backbone=sum(dense.values()),
-        )
-        for count, macs in zip(tokens.lengths, batch_macs(backbone, tokens))
-    ]
 
 
 _RECORDER: MutableMapping[str, Recorder] = WeakValueDictionary()
@@ -125,7 +127,7 @@ class TokenMetric(BaseMetric):
             statistics = summarize([image[key] / unit for image in results])
             metrics.update({f'{name}_{what}': _short(value) for what, value in statistics.items()})
             metrics[f'{name}_of_dense'] = _short(100 * total[key] / total[f'dense_{key}'])
-        metrics['backbone_gmacs_of_dense'] = _short(100 * total['backbone'] / total['dense_backbone'])
+        metrics['backbone_gmacs_of_dense'] = _short(100 * total['total'] / total['dense_total'])
         return metrics
 
 

@@ -1,14 +1,16 @@
 """Pictures of what the gate does."""
 
-from typing import Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from mmseg.structures import SegDataSample
+from torch import Tensor, nn
 
 from .backbone import MSViT
+from .inspection import find_msvit, look
 from .tokens import TokenBatch
 
 # A panel is at least so many pixels wide, so that the cells of a small image can be told apart.
@@ -152,3 +154,61 @@ def sample_figure(
         labels(sample.pred_sem_seg.data[0].cpu().numpy()),
         None if truth is None else labels(truth),
     )
+
+
+def to_rgb(inputs: Tensor) -> np.ndarray:
+    """What mmseg's pipelines pack, (C, H, W) in BGR, as a picture (H, W, 3) uint8 RGB."""
+    pixels = (
+        inputs[:3] if len(inputs) >= 3 else inputs[:1].expand(3, -1, -1)
+    )  # more channels than colours are not shown
+    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()[..., ::-1].clip(0, 255).astype(np.uint8))
+
+
+def draw_image(
+    model: nn.Module, data: dict, palette: Sequence[Sequence[int]], truth: Optional[np.ndarray] = None
+) -> np.ndarray:
+    """Runs a segmentor over one image, and draws the :func:`sample_figure` of what it makes of it.
+
+    Args:
+        model: with an MSViT.
+        data: what a test pipeline made of the image.
+        palette: colours of the classes.
+        truth: (H', W') class ids; None takes those of the data, if there are any.
+
+    Returns:
+        (height, width, 3) uint8 RGB.
+    """
+    sample, tokens = look(model, data)
+    return sample_figure(find_msvit(model), tokens, to_rgb(data['inputs']), sample, palette, truth)
+
+
+def draw_curves(curves: Dict[str, List[dict]]) -> Figure:
+    """mIoU over GMACs and over time, side by side.
+
+    Args:
+        curves: by :func:`.sweep.curves`.
+    """
+    figure = Figure(figsize=(10, 4), dpi=120, layout='constrained')
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (key, label) in zip(
+        panels,
+        (('gmacs', 'GMACs of an image, backbone and head'), ('milliseconds', 'milliseconds of an image, median')),
+    ):
+        for i, (name, curve) in enumerate(curves.items()):
+            x, y, spread = ([point[what] for point in curve] for what in (key, 'miou', 'miou_std'))
+            marker = 's' if curve[0]['threshold'] is None else 'o'
+            axes.errorbar(
+                x, y, yerr=spread if any(spread) else None, marker=marker, capsize=3, label=name, color=f'C{i}'
+            )
+            for point in curve:
+                if point['threshold'] is not None:
+                    axes.annotate(
+                        f'{point["threshold"]:g}', (point[key], point['miou']), xytext=(4, -11),
+                        textcoords='offset points', fontsize=8, color=f'C{i}',
+                    )  # fmt: skip
+        axes.set_xlabel(label)
+        axes.set_xlim(0, 1.03 * axes.get_xlim()[1])
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel('mIoU')
+    panels[0].legend()
+    return figure
