@@ -242,14 +242,12 @@ class MixedScale:
         x = self.patch_embed(patches[tokens.image, patch])  # (N, C), in prefix rows some patch's, replaced below
         for level, detail in enumerate(self.details, 1):
             x = self._add_detail(x, fine, tokens, level, detail)
-        prefix = self._prefix()
         position = self.position(tokens)  # (T + 1, C)
         if position is not None:
             x = x + position.to(x.dtype)[patch]
-            if self.with_cls_token:
-                prefix = torch.cat((prefix[:1] + position[-1:], prefix[1:]))
-        if len(prefix):
-            x[tokens.prefix_rows()] = prefix.to(x.dtype)  # (prefix, C)
+        if tokens.prefix:
+            prefix = self.prefix_tokens(0.0 if position is None else position[-1:])  # (prefix, C)
+            x[tokens.prefix_rows()] = prefix.to(x.dtype)
         x = self.drop_after_pos(x)
         return self.pre_ln(x) if self.pre_norm else x
 
@@ -265,9 +263,9 @@ class MixedScale:
         """What happens to tokens after block i: nothing, unless a subclass reduces them."""
         return x, tokens
 
-    def _prefix(self) -> Tensor:
-        """(prefix, C), the cls token and registers, without positions."""
-        cls = self.cls_token[0] if self.with_cls_token else self.cls_token[0, :0]
+    def prefix_tokens(self, position: Union[Tensor, float] = 0.0) -> Tensor:
+        """(prefix, C), the cls token with its position (1, C), and registers, which have none."""
+        cls = self.cls_token[0] + position if self.with_cls_token else self.cls_token[0, :0]
         return cls if self.register_tokens is None else torch.cat((cls, self.register_tokens[0]))
 
     def _patch(self, tokens: TokenMap) -> Tensor:

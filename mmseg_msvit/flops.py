@@ -5,83 +5,52 @@ softmax, resizing and the moving of tokens are not, as is usual.
 """
 
 from copy import deepcopy
-from typing import Callable, Dict, Tuple
+from functools import partial
+from typing import Callable, Dict, List, Optional
 
 import torch
-from mmseg.models.backbones import VisionTransformer
+from mmengine.dataset import pseudo_collate
+from mmseg.models.backbones import BEiT, VisionTransformer
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .backbone import MSViT
-from .tokens import TokenMap, region_grid
+from .backbone import MixedScale
+from .blocks import block_of
+from .gates import VarianceGate
+from .tokens import Grid, TokenMap, TokenSelector, region_grid
+
+# mmseg's, whose blocks can be counted.
+PLAIN_VITS = (VisionTransformer, BEiT)
+PARTS = ('gate', 'embedding', 'encoder', 'neck', 'head')
 
 
-def linear_macs(module: nn.Module) -> int:
-    """MACs for one token of all linear layers in a module, those of ``nn.MultiheadAttention`` included."""
-    macs = 0
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            macs += part.in_features * part.out_features
-        elif isinstance(part, nn.MultiheadAttention):
-            macs += part.in_proj_weight.numel()
-    return macs
+def prefix_tokens(backbone: nn.Module) -> int:
+    """The cls token and registers of a plain ViT, mixed-scale or not."""
+    if isinstance(backbone, MixedScale):
+        return backbone.select.prefix
+    return int(getattr(backbone, 'with_cls_token', True))  # mmseg's BEiT and MAE always have one
 
 
-def encoder_macs(layers: nn.ModuleList, tokens: int) -> int:
-    """MACs of transformer blocks over one image's tokens, the cls token among them.
+def encoder_macs(backbone: nn.Module, tokens: int) -> int:
+    """MACs of a plain ViT's blocks over one image's tokens, the prefix among them.
 
-    Per block n * (weights of its linear layers) + 2 n^2 C: linear in the tokens, but for the attention.
+    Raises:
+        TypeError: its layers are of an unknown class.
     """
-    return sum(
-        tokens * linear_macs(layer) + 2 * tokens**2 * part.embed_dim
-        for layer in layers
-        for part in layer.modules()
-        if isinstance(part, nn.MultiheadAttention)
-    )
+    layers = backbone.layers
+    if not isinstance(backbone, MixedScale):
+        layers = [block_of(layer) for layer in layers]
+    return sum(layer.macs(tokens) for layer in layers)
 
 
-def msvit_macs(backbone: MSViT, grid: Tuple[int, int], coarse: int, fine: int) -> Dict[str, int]:
-    """MACs of MSViT at test time for one image.
-
-    Args:
-        backbone: the model.
-        grid: (h, w) fine cells of the image.
-        coarse: its active coarse tokens.
-        fine: its active fine tokens.
-
-    Returns:
-        ``gate``, ``embedding`` and ``encoder``.
-    """
-    hc, wc = region_grid(grid, backbone.side)
-    weight = backbone.patch_embed.projection.weight.numel()
-    tokens = coarse + fine + int(backbone.with_cls_token)
-    embedding = tokens * weight
-    if backbone.coarse_detail is not None:
-        embedding += coarse * (backbone.side**2 * weight + backbone.coarse_detail.weight.numel())
-    return dict(
-        gate=hc * wc * linear_macs(backbone.gate),
-        embedding=embedding,
-        encoder=encoder_macs(backbone.layers, tokens),
-    )
-
-
-def batch_macs(backbone: MSViT, tokens: TokenMap) -> list:
-    """:func:`msvit_macs` of each image of a batch, as its tokens are at test time."""
-    coarse = tokens.coarse.flatten(1).sum(1).tolist()
-    active = tokens.active_counts().tolist()
-    cls = int(tokens.with_cls)
-    return [msvit_macs(backbone, tokens.grid, c, n - c - cls) for c, n in zip(coarse, active)]
-
-
-def dense_macs(backbone: VisionTransformer, grid: Tuple[int, int]) -> Dict[str, int]:
+def dense_macs(backbone: nn.Module, grid: Grid) -> Dict[str, int]:
     """MACs of the dense ViT of the same shape for one image of (h, w) cells, by the same parts."""
     cells = grid[0] * grid[1]
-    tokens = cells + int(backbone.with_cls_token)
     return dict(
         gate=0,
         embedding=cells * backbone.patch_embed.projection.weight.numel(),
-        encoder=encoder_macs(backbone.layers, tokens),
+        encoder=encoder_macs(backbone, cells + prefix_tokens(backbone)),
     )
 
 
@@ -116,16 +85,16 @@ class HeadMacs:
         self.backbone = model.backbone
         self.neck = deepcopy(model.neck).to('meta').eval() if model.with_neck else None
         self.head = deepcopy(head).to('meta').eval()
-        self.known: Dict[Tuple[int, int], Dict[str, int]] = {}
+        self.known: Dict[Grid, Dict[str, int]] = {}
 
-    def __call__(self, grid: Tuple[int, int]) -> Dict[str, int]:
+    def __call__(self, grid: Grid) -> Dict[str, int]:
         """``neck`` and ``head`` for one image of (h, w) cells."""
         if grid not in self.known:
             dims = self.backbone.patch_embed.embed_dims
             x = torch.empty(1, dims, *grid, device='meta')
-            if self.backbone.output_cls_token:
+            if getattr(self.backbone, 'output_cls_token', False):
                 x = [x, torch.empty(1, dims, device='meta')]
-            features = (x,) * (len(self.backbone.out_indices) + int(self.backbone.out_origin))
+            features = (x,) * (len(self.backbone.out_indices) + int(getattr(self.backbone, 'out_origin', False)))
             neck = 0
             if self.neck is not None:
                 neck = operator_macs(self.neck, features)
@@ -133,3 +102,95 @@ class HeadMacs:
                     features = self.neck(features)
             self.known[grid] = dict(neck=neck, head=operator_macs(self.head, features))
         return self.known[grid]
+
+
+def image_grid(backbone: nn.Module, height: int, width: int) -> Grid:
+    """(h, w), the cells of an image of (height, width) pixels."""
+    return -(-height // backbone.patch_size), -(-width // backbone.patch_size)
+
+
+def cost(
+    backbone: nn.Module,
+    grid: Grid,
+    tokens: int,
+    macs: Dict[str, int],
+    heads: Optional[HeadMacs] = None,
+) -> Dict[str, int]:
+    """What one pass over one image costs, and what it would cost the dense ViT.
+
+    Args:
+        backbone: the model.
+        grid: (h, w) cells of the image.
+        tokens: its tokens, cls included.
+        macs: those of the backbone, by part.
+        heads: counts neck and head; without it they are left out.
+
+    Returns:
+        ``tokens``, MACs of each part and in ``total``; and the dense ViT's, each name with ``dense_`` before it.
+    """
+    after = heads(grid) if heads else {}
+    found = {}
+    for kind, count, parts in (
+        ('', tokens, macs),
+        ('dense_', grid[0] * grid[1] + prefix_tokens(backbone), dense_macs(backbone, grid)),
+    ):
+        parts = {**parts, **after}
+        found.update({f'{kind}{key}': value for key, value in parts.items()})
+        found.update({f'{kind}tokens': count, f'{kind}total': sum(parts.values())})
+    return found
+
+
+def pass_costs(backbone: MixedScale, tokens: TokenMap, heads: Optional[HeadMacs] = None) -> List[Dict[str, int]]:
+    """:func:`cost` of each image of a batch, as its tokens are at test time."""
+    counts = tokens.active_counts().tolist()
+    macs = backbone.macs(tokens)
+    return [cost(backbone, tokens.grid, count, parts, heads) for count, parts in zip(counts, macs)]
+
+
+def dense_cost(backbone: nn.Module, grid: Grid, heads: Optional[HeadMacs] = None) -> Dict[str, int]:
+    """:func:`cost` of a ViT that has all tokens."""
+    cells = grid[0] * grid[1]
+    return cost(backbone, grid, cells + prefix_tokens(backbone), dense_macs(backbone, grid), heads)
+
+
+def add_up(passes: List[Dict[str, int]]) -> Dict[str, int]:
+    """An image's cost from those of its passes."""
+    return {key: sum(part[key] for part in passes) for key in passes[0]}
+
+
+@torch.no_grad()
+def inference_cost(model: nn.Module, heads: HeadMacs, data: dict) -> Dict[str, int]:
+    """:func:`cost` of an image in the segmentor's own inference, whose windows add up; only the gate runs.
+
+    Args:
+        model: a segmentor with an MSViT or a dense ViT.
+        heads: of the model.
+        data: what the test pipeline made of the image.
+    """
+    backbone, passes = model.backbone, []
+
+    def encode_decode(inputs, batch_img_metas):
+        """In place of the segmentor's: counts a window (1, C, H, W)."""
+        if isinstance(backbone, MixedScale):
+            passes.extend(pass_costs(backbone, backbone.tokenize(inputs)[1], heads))
+        else:
+            passes.append(dense_cost(backbone, image_grid(backbone, *inputs.shape[2:]), heads))
+        return inputs.new_zeros(len(inputs), model.out_channels, *inputs.shape[2:])
+
+    model.encode_decode = encode_decode
+    try:
+        batch = model.data_preprocessor(pseudo_collate([data]), training=False)
+        model.inference(batch['inputs'], [sample.metainfo for sample in batch['data_samples']])
+    finally:
+        del model.encode_decode
+    return add_up(passes)
+
+
+def share_cost(backbone: MixedScale, heads: HeadMacs, grid: Grid, share: float) -> Dict[str, int]:
+    """:func:`cost` of an image of which a share of the regions is coarse, at each level of those that are left."""
+    gates = []
+    for side in backbone.sides[1:]:  # on a blank image of a pixel a cell they choose by place
+        image = torch.zeros(1, 1, *(regions * side for regions in region_grid(grid, side)))
+        gates.append(partial(VarianceGate(1, side, coarse_ratio=share), image))
+    tokens, _ = TokenSelector(backbone.sides, 'active', 1.0, 0.5, backbone.select.prefix).eval()(gates, grid)
+    return pass_costs(backbone, tokens, heads)[0]

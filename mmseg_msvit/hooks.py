@@ -3,7 +3,6 @@
 from typing import Sequence
 
 import torch
-from mmengine.dataset import pseudo_collate
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
@@ -11,7 +10,7 @@ from mmengine.model import is_model_wrapper
 from mmseg.registry import HOOKS
 
 from .checkpoint import PATCH_BIAS, fit, unwrap
-from .inspection import find_msvit, looking_at, record_tokens
+from .inspection import find_msvit
 
 
 @HOOKS.register_module()
@@ -98,16 +97,12 @@ class TokenMapHook(Hook):
     @master_only
     def _draw(self, runner, step: int) -> None:
         # matplotlib takes a second to import: only who draws waits for it
-        from .visualization import sample_figure
+        from .visualization import draw_image
 
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         dataset = runner.val_loop.dataloader.dataset
         device = next(model.parameters()).device
         with torch.random.fork_rng([device] if device.type == 'cuda' else []):
             for i in self.indices:
-                data = dataset[i % len(dataset)]
-                with looking_at(model), record_tokens(model) as seen:
-                    (sample,) = model.test_step(pseudo_collate([data]))
-                image = data['inputs'].permute(1, 2, 0).numpy()[..., ::-1]  # BGR, as mmseg loads it
-                figure = sample_figure(find_msvit(model), seen[0], image, sample, dataset.metainfo['palette'])
+                figure = draw_image(model, dataset[i % len(dataset)], dataset.metainfo['palette'])
                 runner.visualizer.add_image(f'tokens_{i}', figure, step)

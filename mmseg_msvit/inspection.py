@@ -1,20 +1,22 @@
 """Looking at the tokens of a running model, from outside."""
 
 from contextlib import contextmanager
-from typing import Dict, Iterator, List
+from typing import Dict, Iterator, List, Tuple
 from weakref import WeakSet
 
 import torch
 from mmengine.config import ConfigDict
+from mmengine.dataset import pseudo_collate
+from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from .backbone import MixedScale, MSViT
+from .backbone import MixedScale
 from .gate_losses import region_purity
-from .tokens import TokenMap
+from .tokens import Decision, TokenMap
 
 
-def find_msvit(model: nn.Module) -> MSViT:
-    """The one MSViT of a model.
+def find_msvit(model: nn.Module) -> MixedScale:
+    """The one backbone of a model that has tokens of several scales: an MSViT, MSBEiT or MSMAE.
 
     Raises:
         ValueError: there is none, or more than one.
@@ -26,13 +28,13 @@ def find_msvit(model: nn.Module) -> MSViT:
 
 
 @contextmanager
-def record_tokens(model: nn.Module) -> Iterator[List[TokenMap]]:
-    """A list that fills with the TokenMap of each forward pass inside the ``with`` block.
+def record_tokens(model: nn.Module) -> Iterator[List[Tuple[TokenMap, Decision]]]:
+    """A list that fills with the tokens and the decision of each forward pass inside the ``with`` block.
 
     Slide inference and test-time augmentation make several of them for an image.
     """
-    seen: List[TokenMap] = []
-    handle = find_msvit(model).select.register_forward_hook(lambda module, args, tokens: seen.append(tokens))
+    seen: List[Tuple[TokenMap, Decision]] = []
+    handle = find_msvit(model).select.register_forward_hook(lambda module, args, out: seen.append(out))
     try:
         yield seen
     finally:
@@ -49,9 +51,9 @@ def looking_at(model: nn.Module) -> Iterator[None]:
         model: a segmentor. Slide inference is off, so that an image is one forward pass.
     """
     modes = [(module, module.training) for module in model.modules()]
-    test_cfg, observers = model.test_cfg, MSViT.observers
+    test_cfg, observers = model.test_cfg, MixedScale.observers
     model.test_cfg = ConfigDict(test_cfg or {}, mode='whole')
-    MSViT.observers = WeakSet()
+    MixedScale.observers = WeakSet()
     model.eval()
     try:
         with torch.no_grad():
@@ -59,14 +61,33 @@ def looking_at(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-        model.test_cfg, MSViT.observers = test_cfg, observers
+        model.test_cfg, MixedScale.observers = test_cfg, observers
 
 
-def coarse_by_purity(tokens: TokenMap, labels: Tensor, region: int, purity: float = 0.95) -> Dict[str, int]:
+def look(model: nn.Module, data: dict) -> Tuple[SegDataSample, TokenMap, Decision]:
+    """What a segmentor makes of one image, in one piece, by :func:`looking_at`, its tokens and the gates' decision.
+
+    Args:
+        model: a segmentor with an MSViT.
+        data: what a test pipeline made of the image.
+    """
+    with looking_at(model), record_tokens(model) as seen:
+        (sample,) = model.test_step(pseudo_collate([data]))
+    ((tokens, decision),) = seen
+    return sample, tokens, decision
+
+
+def coarse_regions(backbone: MixedScale, tokens: TokenMap) -> Tensor:
+    """(B, hc, wc) bool, which regions of the finest coarse level have no fine tokens."""
+    side = backbone.sides[1]
+    return tokens.levels()[:, ::side, ::side] > 0
+
+
+def coarse_by_purity(coarse: Tensor, labels: Tensor, region: int, purity: float = 0.95) -> Dict[str, int]:
     """Counts regions, and coarse ones among them, by whether their labelled pixels are of one class.
 
     Args:
-        tokens: of a batch.
+        coarse: (B, hc, wc) bool.
         labels: (B, H, W) ground truth at the size of the images that the backbone saw.
         region: pixels along a region's side.
         purity: a region is uniform if at least this share of its labelled pixels is of one class, else mixed.
@@ -74,11 +95,11 @@ def coarse_by_purity(tokens: TokenMap, labels: Tensor, region: int, purity: floa
     Returns:
         ``uniform``, ``uniform_coarse``, ``mixed`` and ``mixed_coarse``; regions without labels count nowhere.
     """
-    share, labelled = region_purity(labels, tokens.coarse.shape[1:], region)
+    share, labelled = region_purity(labels, coarse.shape[1:], region)
     uniform, mixed = labelled & (share >= purity), labelled & (share < purity)
     return dict(
         uniform=int(uniform.sum()),
-        uniform_coarse=int((uniform & tokens.coarse).sum()),
+        uniform_coarse=int((uniform & coarse).sum()),
         mixed=int(mixed.sum()),
-        mixed_coarse=int((mixed & tokens.coarse).sum()),
+        mixed_coarse=int((mixed & coarse).sum()),
     )

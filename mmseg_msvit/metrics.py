@@ -6,10 +6,11 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 from mmengine.evaluator import BaseMetric
+from mmengine.logging import MessageHub
 from mmseg.registry import METRICS
 
-from .backbone import MSViT
-from .flops import batch_macs, dense_macs
+from .backbone import MixedScale
+from .flops import PARTS, pass_costs
 from .tokens import TokenMap
 
 PERCENTILES = (5, 50, 95)
@@ -19,6 +20,25 @@ def summarize(values: Sequence[float]) -> Dict[str, float]:
     """``mean``, ``p5``, ``p50`` and ``p95`` of a data set's values."""
     values = np.asarray(values, dtype=float)
     return dict(mean=float(values.mean()), **{f'p{p}': float(np.percentile(values, p)) for p in PERCENTILES})
+
+
+def summarize_costs(images: List[Dict[str, int]]) -> Dict[str, Any]:
+    """Statistics over the images of a data set.
+
+    Args:
+        images: the cost of each, by :mod:`.flops`, with neck and head.
+
+    Returns:
+        ``images``, their number; and for ``tokens``, and in GMACs for each part and ``total``, what :func:`summarize`
+        gives, the mean of the ``dense`` ViT, and the share ``of_dense``, None of nothing.
+    """
+    found: Dict[str, Any] = {'images': len(images)}
+    for key, unit in (('tokens', 1), *((key, 1e9) for key in (*PARTS, 'total'))):
+        dense = sum(image[f'dense_{key}'] for image in images) / unit / len(images)
+        found[key] = summarize([image[key] / unit for image in images])
+        found[key]['dense'] = dense
+        found[key]['of_dense'] = found[key]['mean'] / dense if dense else None
+    return found
 
 
 class Recorder:
@@ -32,30 +52,28 @@ class Recorder:
         # No image has so many windows: only what nobody ever takes is lost.
         self.passes = deque(maxlen=4096)
 
-    def __call__(self, backbone: MSViT, tokens: TokenMap) -> None:
-        self.passes.append((backbone, tokens))
+    def __call__(self, backbone: MixedScale, tokens: TokenMap) -> None:
+        self.passes.append((current_batch(), backbone, tokens))
 
     def take(self) -> List[List[Dict[str, int]]]:
-        """A list for each pass, with a dict for each of its images; forgets them."""
-        passes, self.passes = list(self.passes), deque(maxlen=self.passes.maxlen)
-        return [pass_costs(backbone, tokens) for backbone, tokens in passes]
+        """A list for each pass of the runner's current batch, with a dict for each of its images; forgets all passes.
+
+        Those of an earlier batch belong to an evaluation that was interrupted or had no metric that took them.
+        """
+        batch, passes = current_batch(), list(self.passes)
+        self.passes.clear()
+        return [pass_costs(backbone, tokens) for seen, backbone, tokens in passes if seen == batch]
 
 
-def pass_costs(backbone: MSViT, tokens: TokenMap) -> List[Dict[str, int]]:
-    """Tokens and MACs of each image of a pass at test time, and those of the dense ViT."""
-    dense = dense_macs(backbone, tokens.grid)
-    dense_tokens = tokens.grid[0] * tokens.grid[1] + int(tokens.with_cls)
-    return [
-        dict(
-            tokens=count,
-            dense_tokens=dense_tokens,
-            encoder=macs['encoder'],
-            dense_encoder=dense['encoder'],
-            backbone=sum(macs.values()),
-            dense_backbone=sum(dense.values()),
-        )
-        for count, macs in zip(tokens.lengths, batch_macs(backbone, tokens))
-    ]
+def current_batch() -> tuple:
+    """Tells the batches of a runner's evaluations apart.
+
+    Nobody tells a metric that an evaluation begins. But the runner's timer notes before each batch how long it waited
+    for the data, and the number of its notes only grows.
+    """
+    hub = MessageHub.get_current_instance()
+    notes = (hub.log_scalars.get(f'{mode}/data_time') for mode in ('val', 'test'))
+    return (hub.instance_name, *(0 if note is None else len(note.data[0]) for note in notes))
 
 
 _RECORDER: MutableMapping[str, Recorder] = WeakValueDictionary()
@@ -67,8 +85,11 @@ class TokenMetric(BaseMetric):
 
     ``val_evaluator = [dict(type='IoUMetric', iou_metrics=['mIoU']), dict(type='TokenMetric')]``. All windows of a slide
     inference and all views of test-time augmentation count as the image's. Under a sampler that repeats images to fill
-    the last batch, or on several ranks, each image counts once. Predictions of your own between two evaluations would
-    be counted as the next image's: make them inside :func:`~mmseg_msvit.inspection.looking_at`.
+    the last batch, or on several ranks, each image counts once. Passes that an interrupted evaluation, or one without
+    this metric, has left do not count. That rests on the timer that every runner has by default: with the timer off,
+    without a runner, or where a newer runner has been built since, passes that nobody took count as the next image's.
+    Predictions of your own between a batch's and its metrics do so always: make them inside
+    :func:`~mmseg_msvit.inspection.looking_at`.
 
     Results, for ``tokens`` (cls token included) and ``encoder_gmacs`` (the blocks alone, as the paper counts):
     ``_mean``, ``_p5``, ``_p50``, ``_p95``, and ``_of_dense``, the sum over the sum of the dense ViT's in percent. And
@@ -80,7 +101,7 @@ class TokenMetric(BaseMetric):
     def __init__(self, collect_device: str = 'cpu', prefix: Optional[str] = None, collect_dir: Optional[str] = None):
         super().__init__(collect_device=collect_device, prefix=prefix, collect_dir=collect_dir)
         self.recorder = _RECORDER.setdefault('recorder', Recorder())
-        MSViT.observers.add(self.recorder)
+        MixedScale.observers.add(self.recorder)
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
         """Takes what was seen as the passes of these images.
@@ -106,7 +127,7 @@ class TokenMetric(BaseMetric):
             statistics = summarize([image[key] / unit for image in results])
             metrics.update({f'{name}_{what}': _short(value) for what, value in statistics.items()})
             metrics[f'{name}_of_dense'] = _short(100 * total[key] / total[f'dense_{key}'])
-        metrics['backbone_gmacs_of_dense'] = _short(100 * total['backbone'] / total['dense_backbone'])
+        metrics['backbone_gmacs_of_dense'] = _short(100 * total['total'] / total['dense_total'])
         return metrics
 
 

@@ -6,6 +6,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmseg.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
+from .backbone import MSViT
 from .inspection import find_msvit
 
 
@@ -13,9 +14,9 @@ from .inspection import find_msvit
 class MSViTLayerDecayConstructor(DefaultOptimWrapperConstructor):
     """Layer decay as for any ViT, with gate and priors outside of it.
 
-    With L layers the embedding has the rate lr * decay^(L + 1), layer i (from 0) lr * decay^(L - i), and what lies
-    outside the blocks lr. Gate and gate losses have lr * ``gate_lr_mult`` instead. Vectors (norms and biases),
-    positions, the cls token and the priors are not decayed.
+    With L layers, layer i (from 0) has the rate lr * decay^(L - i), and all that comes before the layers
+    lr * decay^(L + 1). The final norm and what lies outside the backbone have lr, gate and gate losses
+    lr * ``gate_lr_mult``. Vectors (norms and biases), positions, the cls token and the priors are not decayed.
 
     Args:
         optim_wrapper_cfg: as for mmengine's constructor.
@@ -37,19 +38,12 @@ class MSViTLayerDecayConstructor(DefaultOptimWrapperConstructor):
     def add_params(self, params: List[dict], module: nn.Module, **kwargs) -> None:
         """Adds a group for each parameter of the model."""
         backbone = find_msvit(module)
-        layers = len(backbone.layers)
-        prefix = next(name for name, part in module.named_modules() if part is backbone)
+        path = next(name for name, part in module.named_modules() if part is backbone)
+        prefix = f'{path}.' if path else ''
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            inside = name[len(prefix) + 1 :] if prefix and name.startswith(f'{prefix}.') else None
-            scale = 1.0
-            if inside is not None and inside.startswith(('gate.', 'gate_losses.')):
-                scale = self.gate_lr_mult
-            elif inside is not None and inside.startswith('layers.'):
-                scale = self.layer_decay ** (layers - int(inside.split('.')[1]))
-            elif inside is not None and inside.startswith(('patch_embed.', 'cls_token', 'pos_embed', 'coarse_detail.')):
-                scale = self.layer_decay ** (layers + 1)
+            scale = self._scale(backbone, name[len(prefix) :]) if name.startswith(prefix) else 1.0
             still = parameter.ndim == 1 or name.endswith(('pos_embed', 'cls_token')) or '.gate_losses.' in f'.{name}'
             params.append(
                 dict(
@@ -59,3 +53,14 @@ class MSViTLayerDecayConstructor(DefaultOptimWrapperConstructor):
                     param_name=name,
                 )
             )
+
+    def _scale(self, backbone: MSViT, name: str) -> float:
+        """What a parameter of the backbone has of the rate."""
+        layers = len(backbone.layers)
+        if name.startswith(('gate.', 'gate_losses.')):
+            return self.gate_lr_mult
+        if name.startswith('layers.'):
+            return self.layer_decay ** (layers - int(name.split('.')[1]))
+        if backbone.final_norm and name.startswith(f'{backbone.norm1_name}.'):
+            return 1.0
+        return self.layer_decay ** (layers + 1)

@@ -78,6 +78,10 @@ class TokenMap:
             counted = counted & (self.weight > 0.5)
         return counted.new_zeros(len(self.lengths), dtype=torch.long).index_add_(0, self.image, counted.long())
 
+    def levels(self) -> Tensor:
+        """(B, h, w) int64, the level of the token that covers each cell, where each cell has one."""
+        return self.level[self.cover[0]]
+
     def prefix_rows(self) -> Tensor:
         """(B, prefix) int64, the rows of each image's cls token and registers."""
         return self.cu_seqlens[:-1, None].long() + torch.arange(self.prefix, device=self.cu_seqlens.device)

@@ -1,52 +1,56 @@
 """Pictures of what the gate does."""
 
-from typing import Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence
 
 import cv2
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from mmseg.structures import SegDataSample
+from torch import Tensor, nn
 
-from .backbone import MSViT
-from .tokens import TokenMap
+from .backbone import MixedScale
+from .inspection import find_msvit, look
+from .tokens import Decision, TokenMap
 
 # A panel is at least so many pixels wide, so that the cells of a small image can be told apart.
 PANEL_PIXELS = 480
 LINE = (255, 255, 255)
 
 
-def draw_tokens(image: np.ndarray, coarse: np.ndarray, grid: Tuple[int, int], patch: int, side: int) -> np.ndarray:
-    """Draws the squares of the active tokens over an image, coarse ones dimmed and as the model sees them: blurred.
+def draw_tokens(
+    image: np.ndarray, rows: np.ndarray, levels: np.ndarray, patch: int, sides: Sequence[int]
+) -> np.ndarray:
+    """Draws the borders of the tokens over an image, coarser ones dimmed and as the model sees them: blurred.
 
     Args:
         image: (H, W, 3) uint8.
-        coarse: (hc, wc) bool.
-        grid: (h, w) fine cells.
+        rows: (h, w) int, a number for the token that covers each cell.
+        levels: (h, w) int, its level.
         patch: pixels along a cell's side.
-        side: cells along a region's side.
+        sides: cells along a token's side at each level, beginning with 1.
 
     Returns:
         (s * H, s * W, 3) uint8, s the smallest whole factor that makes the image at least PANEL_PIXELS wide.
     """
     height, width = image.shape[:2]
     scale = max(1, -(-PANEL_PIXELS // width))
-    whole = [(0, coarse.shape[i] * patch * side - image.shape[i]) for i in (0, 1)]
-    padded = np.pad(image, (*whole, (0, 0)), mode='edge')
-    blurred = cv2.resize(padded, None, fx=1 / side, fy=1 / side, interpolation=cv2.INTER_AREA)
-    blurred = cv2.resize(blurred, padded.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-    mask = np.kron(coarse, np.ones((patch * side,) * 2, bool))
-    canvas = np.where(mask[..., None], blurred // 2, padded)[:height, :width]
-    canvas = cv2.resize(canvas, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
+    whole = [(0, -size % (patch * sides[-1])) for size in (height, width)]
+    canvas = padded = np.pad(image, (*whole, (0, 0)), mode='edge')
+    level = np.kron(levels, np.ones((patch, patch), int))
+    level = np.pad(level, [(0, p - n) for p, n in zip(padded.shape, level.shape)], mode='edge')
+    for number, side in enumerate(sides[1:], 1):
+        blurred = cv2.resize(padded, None, fx=1 / side, fy=1 / side, interpolation=cv2.INTER_AREA)
+        blurred = cv2.resize(blurred, padded.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+        canvas = np.where((level == number)[..., None], blurred // 2, canvas)
+    canvas = cv2.resize(canvas[:height, :width], None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
 
-    step = patch * scale
-    for y in range(grid[0]):
-        for x in range(grid[1]):
-            if not coarse[y // side, x // side]:
-                cv2.rectangle(canvas, (x * step, y * step), ((x + 1) * step, (y + 1) * step), LINE, 1)
-    for y, x in zip(*coarse.nonzero()):
-        corner = x * step * side, y * step * side
-        cv2.rectangle(canvas, corner, (corner[0] + step * side, corner[1] + step * side), LINE, 1)
+    owner = np.kron(rows, np.ones((patch * scale,) * 2, int))[: scale * height, : scale * width]
+    border = np.zeros(owner.shape, bool)
+    border[0], border[:, 0] = True, True
+    border[1:] |= owner[1:] != owner[:-1]
+    border[:, 1:] |= owner[:, 1:] != owner[:, :-1]
+    canvas[border] = LINE
     return canvas
 
 
@@ -59,24 +63,24 @@ def paint_classes(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.nd
 
 def token_figure(
     image: np.ndarray,
-    coarse: np.ndarray,
-    probability: np.ndarray,
-    grid: Tuple[int, int],
+    rows: np.ndarray,
+    levels: np.ndarray,
+    probabilities: Sequence[np.ndarray],
     patch: int,
-    side: int,
+    sides: Sequence[int],
     palette: Sequence[Sequence[int]] = (),
     prediction: Optional[np.ndarray] = None,
     truth: Optional[np.ndarray] = None,
 ) -> np.ndarray:
-    """Image, token grid, the gate's probability, prediction and truth side by side.
+    """Image, token grid, the gates' probabilities, prediction and truth side by side.
 
     Args:
         image: (H, W, 3) uint8 RGB, as the backbone saw it.
-        coarse: (hc, wc) bool.
-        probability: (hc, wc) of coarse.
-        grid: (h, w) fine cells.
+        rows: (h, w) int, a number for the token that covers each cell.
+        levels: (h, w) int, its level.
+        probabilities: of coarse, (hc, wc) for each coarse level, the finest first.
         patch: pixels along a cell's side.
-        side: cells along a region's side.
+        sides: cells along a token's side at each level, beginning with 1.
         palette: colours of the classes.
         prediction: (H, W) class ids, or None.
         truth: (H, W) class ids, or None.
@@ -84,13 +88,13 @@ def token_figure(
     Returns:
         (height, width, 3) uint8 RGB.
     """
-    tokens = int(coarse.sum() + (~np.kron(coarse, np.ones((side, side), bool)))[: grid[0], : grid[1]].sum())
-    dense = grid[0] * grid[1]
     panels = [
         ('image', image),
-        (f'{tokens} tokens of {dense}', draw_tokens(image, coarse, grid, patch, side)),
-        ('probability of coarse', probability),
+        (f'{len(np.unique(rows))} tokens of {rows.size}', draw_tokens(image, rows, levels, patch, sides)),
     ]
+    for probability, side in zip(probabilities, sides[1:]):
+        of = '' if len(probabilities) == 1 else f', {patch * side} px'
+        panels.append((f'probability of coarse{of}', (probability, patch * side)))
     for name, labels in (('prediction', prediction), ('truth', truth)):
         if labels is not None:
             panels.append((name, paint_classes(labels, palette)))
@@ -99,8 +103,9 @@ def token_figure(
     figure = Figure(figsize=(panel * len(panels), panel * height / width + 0.4), dpi=100, layout='constrained')
     for axes, (title, picture) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         extent = (0, width, height, 0)
-        if picture.ndim == 2:
-            whole = (0, picture.shape[1] * patch * side, picture.shape[0] * patch * side, 0)
+        if isinstance(picture, tuple):
+            picture, region = picture
+            whole = (0, picture.shape[1] * region, picture.shape[0] * region, 0)
             drawn = axes.imshow(picture, vmin=0, vmax=1, cmap='viridis', extent=whole, interpolation='nearest')
             axes.set(xlim=extent[:2], ylim=extent[2:])
             figure.colorbar(drawn, ax=axes, shrink=0.8)
@@ -114,8 +119,9 @@ def token_figure(
 
 
 def sample_figure(
-    backbone: MSViT,
+    backbone: MixedScale,
     tokens: TokenMap,
+    decision: Optional[Decision],
     image: np.ndarray,
     sample: SegDataSample,
     palette: Sequence[Sequence[int]],
@@ -126,6 +132,7 @@ def sample_figure(
     Args:
         backbone: of the segmentor.
         tokens: of the image alone.
+        decision: of its gates; None where none has decided.
         image: (H, W, 3) uint8 RGB, of any size.
         sample: the segmentor's result.
         palette: colours of the classes.
@@ -143,12 +150,70 @@ def sample_figure(
         truth = sample.gt_sem_seg.data[0].cpu().numpy()
     return token_figure(
         cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA),
-        tokens.coarse[0].cpu().numpy(),
-        tokens.logits[0].sigmoid().cpu().numpy(),
-        tokens.grid,
+        tokens.cover[0, 0].cpu().numpy(),
+        tokens.levels()[0].cpu().numpy(),
+        [logits[0].sigmoid().cpu().numpy() for logits in (decision.logits if decision else ())],
         backbone.patch_size,
-        backbone.side,
+        backbone.sides,
         palette,
         labels(sample.pred_sem_seg.data[0].cpu().numpy()),
         None if truth is None else labels(truth),
     )
+
+
+def to_rgb(inputs: Tensor) -> np.ndarray:
+    """What mmseg's pipelines pack, (C, H, W) in BGR, as a picture (H, W, 3) uint8 RGB."""
+    pixels = (
+        inputs[:3] if len(inputs) >= 3 else inputs[:1].expand(3, -1, -1)
+    )  # more channels than colours are not shown
+    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()[..., ::-1].clip(0, 255).astype(np.uint8))
+
+
+def draw_image(
+    model: nn.Module, data: dict, palette: Sequence[Sequence[int]], truth: Optional[np.ndarray] = None
+) -> np.ndarray:
+    """Runs a segmentor over one image, and draws the :func:`sample_figure` of what it makes of it.
+
+    Args:
+        model: with an MSViT.
+        data: what a test pipeline made of the image.
+        palette: colours of the classes.
+        truth: (H', W') class ids; None takes those of the data, if there are any.
+
+    Returns:
+        (height, width, 3) uint8 RGB.
+    """
+    sample, tokens, decision = look(model, data)
+    return sample_figure(find_msvit(model), tokens, decision, to_rgb(data['inputs']), sample, palette, truth)
+
+
+def draw_curves(curves: Dict[str, List[dict]]) -> Figure:
+    """mIoU over GMACs and over time, side by side.
+
+    Args:
+        curves: by :func:`.sweep.curves`.
+    """
+    figure = Figure(figsize=(10, 4), dpi=120, layout='constrained')
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (key, label) in zip(
+        panels,
+        (('gmacs', 'GMACs of an image, backbone and head'), ('milliseconds', 'milliseconds of an image, median')),
+    ):
+        for i, (name, curve) in enumerate(curves.items()):
+            x, y, spread = ([point[what] for point in curve] for what in (key, 'miou', 'miou_std'))
+            marker = 's' if curve[0]['threshold'] is None else 'o'
+            axes.errorbar(
+                x, y, yerr=spread if any(spread) else None, marker=marker, capsize=3, label=name, color=f'C{i}'
+            )
+            for point in curve:
+                if point['threshold'] is not None:
+                    axes.annotate(
+                        f'{point["threshold"]:g}', (point[key], point['miou']), xytext=(4, -11),
+                        textcoords='offset points', fontsize=8, color=f'C{i}',
+                    )  # fmt: skip
+        axes.set_xlabel(label)
+        axes.set_xlim(0, 1.03 * axes.get_xlim()[1])
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel('mIoU')
+    panels[0].legend()
+    return figure

@@ -5,12 +5,12 @@ import gc
 import numpy as np
 import pytest
 import torch
-from conftest import build_msvit, force_logits
+from conftest import build_msvit, build_runner, force_logits
 from mmengine.config import ConfigDict
 from mmseg.registry import METRICS, MODELS
 
-from mmseg_msvit import MSViT
-from mmseg_msvit.flops import batch_macs, dense_macs
+from mmseg_msvit.backbone import MixedScale
+from mmseg_msvit.flops import dense_macs
 from mmseg_msvit.inspection import record_tokens
 
 
@@ -28,9 +28,9 @@ def test_statistics_are_those_of_the_images():
             model(torch.randn(2, 3, *size))
             force.remove()
         counter.process({}, [{}, {}])
-        tokens += seen[0].active_counts().tolist()
-        encoder += [macs['encoder'] / 1e9 for macs in batch_macs(model, seen[0])]
-        dense += 2 * dense_macs(model, seen[0].grid)['encoder'] / 1e9
+        tokens += seen[0][0].active_counts().tolist()
+        encoder += [macs['encoder'] / 1e9 for macs in model.macs(seen[0][0])]
+        dense += 2 * dense_macs(model, seen[0][0].grid)['encoder'] / 1e9
     got = counter.evaluate(8)
     assert got['msvit/tokens_mean'] == pytest.approx(np.mean(tokens), abs=1e-3)
     for p in (5, 50, 95):
@@ -59,19 +59,40 @@ def test_windows_of_an_image_add_up_and_two_metrics_do_not_mix():
 @torch.no_grad()
 def test_training_passes_do_not_count_and_nothing_is_collected_for_nobody():
     gc.collect()
-    before = set(MSViT.observers)
+    before = set(MixedScale.observers)
     model, counter = build_msvit().train(), metric()
     model(torch.randn(2, 3, 64, 64))
-    assert not counter.recorder.passes and counter.recorder in MSViT.observers
+    assert not counter.recorder.passes and counter.recorder in MixedScale.observers
     del counter
     gc.collect()
-    assert set(MSViT.observers) == before
+    assert set(MixedScale.observers) == before
 
 
 def test_without_an_msvit_it_says_so():
     counter = metric()
     with pytest.raises(RuntimeError, match='no MSViT has run'):
         counter.process({}, [{}])
+
+
+def test_passes_that_an_interrupted_or_metricless_evaluation_left_do_not_count(config):
+    iou = dict(type='IoUMetric', iou_metrics=['mIoU'])
+    config.val_evaluator, config.test_evaluator = iou, [iou, dict(type='TokenMetric')]
+    runner = build_runner(config, **{'model.test_cfg': dict(mode='slide', crop_size=(64, 64), stride=(32, 32))})
+    first = runner.test()
+    assert first['msvit/tokens_mean'] == 4 * 5  # windows of 2 x 2 regions, at first all coarse
+    runner.val()
+    assert runner.test() == first
+
+    def interrupt(module, args, output):
+        raise KeyboardInterrupt
+
+    handle = runner.model.backbone.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        runner.test()
+    handle.remove()
+    assert runner.test() == first
+    del runner
+    gc.collect()  # it is a cycle, and its metric would go on to collect the passes of other tests
 
 
 SLIDE = dict(mode='slide', crop_size=(64, 64), stride=(32, 32))
@@ -100,12 +121,13 @@ def test_token_budget_is_met_by_the_best_threshold(budget, with_cls_token):
     force_logits(model, logits)
     with record_tokens(model) as seen:
         model(torch.randn(3, 3, 64, 64))
-    tokens = seen[0]
+    tokens, decision = seen[0]
+    (coarse,) = decision.coarse
     mean = tokens.active_counts().float().mean().item()
     assert mean <= budget
-    assert mean > budget - 1 or not tokens.coarse.any()  # a region is worth 3 tokens, 1 of the mean of 3 images
-    if tokens.coarse.any() and not tokens.coarse.all():
-        assert logits[tokens.coarse].min() > logits[~tokens.coarse].max()
+    assert mean > budget - 1 or not coarse.any()  # a region is worth 3 tokens, 1 of the mean of 3 images
+    if coarse.any() and not coarse.all():
+        assert logits[coarse].min() > logits[~coarse].max()
     assert sum(tokens.lengths) == tokens.active_counts().sum()
 
 
@@ -115,11 +137,11 @@ def test_token_budget_at_odd_edges_and_among_equals():
     force_logits(model, torch.zeros(2, 2, 2))
     with record_tokens(model) as seen:
         model(torch.randn(2, 3, 64, 48))  # 4 x 3 cells: the right regions have two cells
-    assert seen[0].active_counts().float().mean() == 13 and not seen[0].coarse.any()
+    assert seen[0][0].active_counts().float().mean() == 13 and not seen[0][1].coarse[0].any()
     model.select.token_budget = 10
     with record_tokens(model) as seen:
         model(torch.randn(2, 3, 64, 48))
-    assert seen[0].active_counts().float().mean() <= 10
+    assert seen[0][0].active_counts().float().mean() <= 10
 
 
 @torch.no_grad()
@@ -128,7 +150,7 @@ def test_token_budget_does_not_spend_a_decision_where_nothing_is_saved():
     force_logits(model, torch.tensor([[[0.0, 1.0], [2.0, 3.0]]]))
     with record_tokens(model) as seen:
         model(torch.randn(1, 3, 48, 48))  # 3 x 3 cells: the last region has one
-    assert seen[0].coarse.tolist() == [[[False, False], [True, False]]] and seen[0].lengths == [9]
+    assert seen[0][1].coarse[0].tolist() == [[[False, False], [True, False]]] and seen[0][0].lengths == [9]
 
 
 def test_token_budget_leaves_training_alone_and_says_what_is_impossible():
@@ -136,7 +158,7 @@ def test_token_budget_leaves_training_alone_and_says_what_is_impossible():
     said = 'token_budget of 6 cannot be met: an image of 16 regions has 17 tokens'
     with pytest.warns(UserWarning, match=said), record_tokens(model) as seen:
         model(torch.randn(1, 3, 128, 128))
-    assert seen[0].coarse.all()
+    assert seen[0][1].coarse[0].all()
     model.train()(torch.randn(1, 3, 128, 128))
     with pytest.raises(ValueError, match='token_budget must be positive, got 0'):
         build_msvit(token_budget=0)

@@ -5,11 +5,11 @@ from mmengine.optim import build_optim_wrapper
 from mmseg.registry import MODELS
 
 
-def groups(**options):
+def groups(backbone=None, **options):
     model = MODELS.build(
         dict(
             type='EncoderDecoder',
-            backbone=dict(type='MSViT', coarse_embed='resize+detail', **SMALL),
+            backbone=dict(type='MSViT', coarse_embed='resize+detail', **SMALL, **(backbone or {})),
             decode_head=dict(type='FCNHead', in_channels=32, channels=8, num_classes=4, num_convs=1, in_index=1),
         )
     )
@@ -41,6 +41,19 @@ def test_rates_fall_towards_the_image_and_the_gate_has_its_own():
         'backbone.gate_losses.0.prior_mean_logit': 1e-2,
     }
     assert {name: found[name]['lr'] for name in wanted} == pytest.approx(wanted)
+
+
+def test_nothing_before_the_layers_keeps_the_full_rate():
+    norms = dict(pre_norm=True, patch_norm=True, with_cls_token=True, output_cls_token=True)
+    found = groups(norms, layer_decay=0.5, gate_lr_mult=10)
+    inside = {name.removeprefix('backbone.'): group for name, group in found.items() if name.startswith('backbone.')}
+    assert {'ln_pre.weight', 'patch_embed.norm.weight', 'coarse_detail.bias', 'cls_token'} <= set(inside)
+    for name, group in inside.items():
+        if name.startswith('layers.'):
+            wanted = 0.5 ** (3 - int(name.split('.')[1]))
+        else:
+            wanted = {'ln1': 1, 'gate': 10, 'gate_losses': 10}.get(name.split('.')[0], 0.5**4)
+        assert group['lr'] == pytest.approx(1e-3 * wanted), name
 
 
 def test_what_is_not_decayed():

@@ -2,40 +2,19 @@
 
     python tools/show_tokens.py CONFIG CHECKPOINT IMAGE_OR_FOLDER --out pictures [--truth LABELS_OR_FOLDER]
 
-One PNG for each image. Images go through the config's test pipeline and, in one piece, through the model.
+One PNG for each image. Images go through the config's test pipeline and, in one piece, through the model; truth is read
+as the config's test set reads it. An image of a folder that cannot be drawn is reported at the end.
 """
 
 import argparse
 from pathlib import Path
 
 import cv2
-import numpy as np
-from mmseg.apis import inference_model, init_model
 from rich.progress import track
 
-from mmseg_msvit.inspection import find_msvit, looking_at, record_tokens
-from mmseg_msvit.visualization import sample_figure
-
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
-
-
-def list_images(path: Path) -> list:
-    """The image itself, or a folder's images in order."""
-    if not path.exists():
-        raise FileNotFoundError(f'image: wanted an image or a folder of images, got {path}, which is not there')
-    images = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-    if not images:
-        raise FileNotFoundError(f'image: wanted a folder with {", ".join(SUFFIXES)} files, got {path} without any')
-    return images
-
-
-def draw(model, path: Path, truth: Path = None) -> np.ndarray:
-    """The picture of one image."""
-    with looking_at(model), record_tokens(model) as seen:
-        result = inference_model(model, str(path))
-    image = cv2.imread(str(path))[..., ::-1]
-    labels = None if truth is None else cv2.imread(str(truth), cv2.IMREAD_UNCHANGED)
-    return sample_figure(find_msvit(model), seen[0], image, result, model.dataset_meta['palette'], labels)
+from mmseg_msvit.command_line import InputError, one_line_errors
+from mmseg_msvit.testset import FileReader, list_images, load_config, load_model, pair_truth, picture_names
+from mmseg_msvit.visualization import draw_image
 
 
 def main() -> None:
@@ -49,13 +28,24 @@ def main() -> None:
     args = parser.parse_args()
 
     images = list_images(args.image)
-    model = init_model(args.config, args.checkpoint, device=args.device)
+    truths = pair_truth(images, args.truth)
+    config = load_config(args.config)
+    reader = FileReader(config)
+    model = load_model(config, args.checkpoint, args.device)
     args.out.mkdir(parents=True, exist_ok=True)
-    for path in track(images, 'pictures'):
-        truth = args.truth / f'{path.stem}.png' if args.truth and args.truth.is_dir() else args.truth
-        cv2.imwrite(str(args.out / f'{path.stem}.png'), draw(model, path, truth)[..., ::-1])
-    print(f'{len(images)} pictures in {args.out}')
+    skipped = []
+    for path, truth, name in track(list(zip(images, truths, picture_names(images))), 'pictures'):
+        try:
+            data, labels = reader.read(path, truth)
+        except InputError as error:
+            skipped.append(str(error))
+            continue
+        cv2.imwrite(str(args.out / name), draw_image(model, data, reader.palette, labels)[..., ::-1])
+    print(f'{len(images) - len(skipped)} pictures in {args.out}')
+    if skipped:
+        raise InputError('\n'.join(skipped))
 
 
 if __name__ == '__main__':
-    main()
+    with one_line_errors():
+        main()

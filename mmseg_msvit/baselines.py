@@ -1,0 +1,83 @@
+"""What an MSViT is compared with: the dense ViT with the same blocks, and gates that are told what to answer."""
+
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+from .backbone import MixedScale
+from .gates import CERTAIN, FixedGate
+from .tokens import Grid, TokenMap, TokenSelector
+
+
+def first_values(config: Config) -> nn.Module:
+    """A config's segmentor with random weights, no pretrained ones."""
+    config.model.pretrained = None
+    config.model.backbone.pop('init_cfg', None)
+    model = MODELS.build(config.model)
+    model.init_weights()
+    return model
+
+
+def force_gate(backbone: MixedScale, coarse_ratio: float) -> None:
+    """Makes gates answer coarse for a random share of the regions, at their own cost and with a gradient.
+
+    Args:
+        backbone: the model.
+        coarse_ratio: the probability of coarse of each region; 0 is all fine, 1 all coarse.
+    """
+
+    def answer(module, args, logits):
+        coin = torch.rand(logits.shape, device=logits.device) < coarse_ratio
+        return torch.where(coin, CERTAIN, -CERTAIN) + (logits - logits.detach())
+
+    for gate in backbone.gates:
+        gate.register_forward_hook(answer)
+
+
+def fix_all_fine(backbone: MixedScale) -> None:
+    """Puts gates in place that cost nothing and answer fine: the dense ViT, by the way of mixed scales."""
+    backbone.gate = FixedGate(backbone.in_channels, backbone.scales[1])
+    if len(backbone.scales) > 2:
+        coarser = (FixedGate(backbone.in_channels, scale) for scale in backbone.scales[2:])
+        backbone.coarser_gates = nn.ModuleList(coarser)
+
+
+def all_fine(backbone: MixedScale, images: int, grid: Grid, device: torch.device) -> TokenMap:
+    """The map of so many images of (h, w) cells whose tokens are all fine."""
+    gates = [lambda regions, left: torch.full((images, *regions), -CERTAIN, device=device) for _ in backbone.scales[1:]]
+    return TokenSelector(backbone.sides, 'active', 1.0, 0.5, backbone.select.prefix).eval()(gates, grid)[0]
+
+
+def dense_forward(backbone: MixedScale, images: Tensor) -> tuple:
+    """The dense ViT with the same blocks, in its fastest form: a convolution, the whole grid, fused attention.
+
+    Args:
+        backbone: the model.
+        images: (B, C, H, W), multiples of a patch.
+
+    Returns:
+        What the backbone returns: (B, embed_dims, h, w) for each output.
+    """
+    embed, (h, w) = backbone.patch_embed, (n // backbone.patch_size for n in images.shape[2:])
+    tokens = all_fine(backbone, len(images), (h, w), images.device)
+    x = F.conv2d(images, embed.projection.weight, embed.projection.bias, embed.projection.stride)
+    x = x.flatten(2).mT  # (B, h * w, C)
+    x = x if embed.norm is None else embed.norm(x)
+    position = backbone.position(tokens)
+    if position is not None:
+        x = x + position[-1 - h * w : -1]
+    prefix = backbone.prefix_tokens(0.0 if position is None else position[-1:])
+    x = torch.cat((prefix.expand(len(x), -1, -1), x), 1).flatten(0, 1)  # (N, C)
+    x = backbone.drop_after_pos(x)
+    x = backbone.pre_ln(x) if backbone.pre_norm else x
+    outputs, places = [], backbone.places(tokens)
+    for i, layer in enumerate(backbone.layers):
+        x = layer(x, tokens, places)
+        if i == len(backbone.layers) - 1 and backbone.final_norm:
+            x = backbone.norm1(x)
+        if i in backbone.out_indices:
+            cells = x.unflatten(0, (len(images), -1))[:, tokens.prefix :]
+            outputs.append(cells.mT.unflatten(2, (h, w)).contiguous())  # (B, C, h, w)
+    return tuple(outputs)

@@ -1,0 +1,154 @@
+"""One test set through several models, each at several thresholds of its gate: mIoU, tokens, MACs and time."""
+
+import statistics
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import torch
+from mmengine.dataset import BaseDataset, pseudo_collate
+from mmengine.logging import MMLogger
+from mmseg.evaluation import IoUMetric
+from rich.progress import track
+from torch import nn
+
+from .backbone import MixedScale
+from .command_line import InputError
+from .flops import PLAIN_VITS, HeadMacs, add_up, dense_cost, image_grid, pass_costs
+from .inspection import find_msvit, record_tokens
+from .testset import load_config, load_model, load_testset
+from .timing import timed
+
+
+@dataclass
+class Run:
+    """A trained model of a curve."""
+
+    name: str
+    config: str
+    checkpoint: str
+
+
+def set_threshold(model: nn.Module, threshold: float) -> None:
+    """Makes a model's gate decide by a threshold: more of it is more tokens."""
+    select = find_msvit(model).select
+    select.threshold = threshold
+    select.token_budget = None  # it would take the threshold's place
+
+
+class Variant:
+    """A run at a threshold, and what has been measured of it.
+
+    Args:
+        run: the model's name, config and checkpoint.
+        model: the loaded model; variants of one run share it.
+        heads: counts its neck and head.
+        metainfo: of the test set.
+        threshold: of the gate; None for a dense ViT.
+    """
+
+    def __init__(self, run: Run, model: nn.Module, heads: HeadMacs, metainfo: dict, threshold: Optional[float]):
+        self.run, self.model, self.heads, self.threshold = run, model, heads, threshold
+        self.iou = IoUMetric(iou_metrics=['mIoU'])
+        self.iou.dataset_meta = metainfo
+        self.seconds: List[float] = []
+        self.images: List[Dict[str, int]] = []
+
+    def test(self, data: dict, counts: bool = True) -> None:
+        """Runs one image, and unless it only warms up, counts it."""
+        passes, seconds, result = self._run_dense(data) if self.threshold is None else self._run_gated(data)
+        if counts:
+            self.seconds.append(seconds)
+            self.images.append(add_up(passes))
+            self.iou.process(data, [sample.to_dict() for sample in result])
+
+    def _run_gated(self, data: dict) -> tuple:
+        set_threshold(self.model, self.threshold)
+        with record_tokens(self.model) as seen:
+            seconds, result = self._timed(data)
+        return (
+            [image for tokens, _ in seen for image in pass_costs(self.model.backbone, tokens, self.heads)],
+            seconds,
+            result,
+        )
+
+    def _run_dense(self, data: dict) -> tuple:
+        backbone, grids = self.model.backbone, []
+        handle = backbone.register_forward_pre_hook(
+            lambda module, args: grids.append(image_grid(backbone, *args[0].shape[2:]))
+        )
+        try:
+            seconds, result = self._timed(data)
+        finally:
+            handle.remove()
+        return [dense_cost(backbone, grid, self.heads) for grid in grids], seconds, result
+
+    @torch.no_grad()
+    def _timed(self, data: dict) -> tuple:
+        data = deepcopy(data)  # the model writes into its samples
+        return timed(self.model.test_step, data, next(self.model.parameters()).device)
+
+    def point(self, reference: 'Variant') -> dict:
+        """What has been measured: means over the images, median of time and of its ratio to the reference's."""
+        mean = {key: statistics.fmean(image[key] for image in self.images) for key in self.images[0]}
+        return dict(
+            name=self.run.name,
+            config=self.run.config,
+            checkpoint=self.run.checkpoint,
+            threshold=self.threshold,
+            miou=float(self.iou.compute_metrics(self.iou.results)['mIoU']),
+            tokens=mean['tokens'],
+            dense_tokens=mean['dense_tokens'],
+            gmacs=mean['total'] / 1e9,
+            encoder_gmacs=mean['encoder'] / 1e9,
+            milliseconds=1000 * statistics.median(self.seconds),
+            time_ratio=statistics.median(a / b for a, b in zip(self.seconds, reference.seconds)),
+        )
+
+
+def measure(runs: Sequence[Run], thresholds: Sequence[float], device: str) -> Tuple[List[dict], Variant]:
+    """One point for each run and threshold; variants take turns on each image, so that ratios of their times hold.
+
+    Returns:
+        The points, and the variant whose time is 1: a dense ViT if there is one, else the first.
+
+    Raises:
+        InputError: a config or checkpoint cannot be used, or the configs have not one test set.
+    """
+    datasets: Dict[str, BaseDataset] = {}
+    variants = []
+    for run in runs:
+        config = load_config(run.config)
+        model = load_model(config, run.checkpoint, device, PLAIN_VITS)
+        if run.config not in datasets:
+            datasets[run.config] = load_testset(config)
+        heads, metainfo = HeadMacs(model), datasets[run.config].metainfo
+        for threshold in thresholds if isinstance(model.backbone, MixedScale) else [None]:
+            variants.append(Variant(run, model, heads, metainfo, threshold))
+    sizes = {config: len(dataset) for config, dataset in datasets.items()}
+    if len(set(sizes.values())) > 1:
+        raise InputError(f'wanted configs with one test set, got sets of {sizes} images')
+
+    MMLogger.get_instance('sweep', log_level='WARNING')  # else IoUMetric prints a table for each variant
+    for i in track(range(-1, next(iter(sizes.values()))), 'images'):
+        data = {config: pseudo_collate([dataset[max(i, 0)]]) for config, dataset in datasets.items()}
+        for variant in variants:
+            variant.test(data[variant.run.config], counts=i >= 0)  # the first image once more, to warm up
+    reference = next((v for v in variants if v.threshold is None), variants[0])
+    return [variant.point(reference) for variant in variants], reference
+
+
+def curves(points: Sequence[dict]) -> Dict[str, List[dict]]:
+    """Name -> its points, averaged over the runs of one threshold, with their number and the spread of their mIoU."""
+    groups: Dict[tuple, List[dict]] = {}
+    for point in points:
+        groups.setdefault((point['name'], point['threshold']), []).append(point)
+    found: Dict[str, List[dict]] = {}
+    for (name, threshold), group in groups.items():
+        values = ('miou', 'tokens', 'gmacs', 'encoder_gmacs', 'milliseconds', 'time_ratio')
+        mean = {key: statistics.fmean(p[key] for p in group) for key in values}
+        spread = statistics.stdev([p['miou'] for p in group]) if len(group) > 1 else 0.0
+        found.setdefault(name, []).append(dict(threshold=threshold, **mean, miou_std=spread, runs=len(group)))
+    for curve in found.values():
+        curve.sort(key=lambda point: point['gmacs'])
+    return found

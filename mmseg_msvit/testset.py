@@ -1,0 +1,208 @@
+"""A model and the images to look at it with, from what a user of a tool gives: a config, a checkpoint, files."""
+
+import pickle
+from collections import Counter
+from pathlib import Path
+from typing import Iterator, List, Optional, Tuple, Union
+
+import cv2
+import numpy as np
+from mmcv.transforms import Compose, LoadAnnotations
+from mmengine.config import Config, ConfigDict
+from mmengine.dataset import BaseDataset
+from mmengine.registry import init_default_scope
+from mmengine.runner import load_checkpoint
+from mmseg.apis import init_model
+from mmseg.registry import DATASETS, TRANSFORMS
+from rich.progress import track
+from torch import nn
+
+from .backbone import MixedScale
+from .command_line import InputError
+
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
+# What decoders raise at a file that is no picture.
+UNREADABLE = (OSError, ValueError, AssertionError, SyntaxError, cv2.error)
+
+
+def load_config(path: str) -> Config:
+    """Reads the config of a segmentor, and enters its scope of names.
+
+    Raises:
+        InputError: there is no such file, or no model in it.
+    """
+    if '::' not in path and not Path(path).is_file():  # mmengine reads mmseg::name from the package
+        raise InputError(f'CONFIG: wanted a file, got {path}, which is not there')
+    config = Config.fromfile(path)
+    if 'backbone' not in config.get('model', {}):
+        raise InputError(f'CONFIG: wanted a segmentor, got {path} without a model that has a backbone')
+    init_default_scope(config.get('default_scope', 'mmseg'))
+    return config
+
+
+def load_model(
+    config: Config, checkpoint: Optional[str], device: str, wanted: Union[type, Tuple[type, ...]] = MixedScale
+) -> nn.Module:
+    """Builds a segmentor, in evaluation mode; without a checkpoint its weights have their first values.
+
+    Args:
+        config: by :func:`load_config`.
+        checkpoint: a training checkpoint or bare weights.
+        device: where it goes.
+        wanted: the class of its backbone, or several.
+
+    Raises:
+        InputError: the backbone is of another class, or the checkpoint cannot be read.
+    """
+    if checkpoint is not None and '://' not in checkpoint and not Path(checkpoint).is_file():
+        raise InputError(f'CHECKPOINT: wanted a file, got {checkpoint}, which is not there')
+    model = init_model(config, device='cpu')
+    check_backbone(model, wanted, config.filename)
+    if checkpoint is not None:
+        try:
+            load_checkpoint(model, checkpoint, map_location='cpu')
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
+            raise InputError(
+                f'CHECKPOINT: wanted weights of {config.filename}, got {checkpoint}, which cannot be read: '
+                f'{_first_line(error)}'
+            ) from error
+    return model.to(device)
+
+
+def check_backbone(model: nn.Module, wanted: Union[type, Tuple[type, ...]], path: str) -> None:
+    """Refuses a model whose backbone is of another class, with the path of its config.
+
+    Raises:
+        InputError: it is.
+    """
+    if not isinstance(model.backbone, wanted):
+        got = type(model.backbone).__name__
+        kinds = wanted if isinstance(wanted, tuple) else (wanted,)
+        names = ' or '.join('MSViT' if kind is MixedScale else kind.__name__ for kind in kinds)
+        raise InputError(f'CONFIG: wanted a backbone of type {names}, got {got} in {path}')
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _testset_config(config: Config) -> ConfigDict:
+    if config.get('test_dataloader') is None:
+        raise InputError(f'CONFIG: wanted one with a test_dataloader, got {config.filename} without')
+    return config.test_dataloader.dataset
+
+
+def load_testset(config: Config) -> BaseDataset:
+    """The test set of a config.
+
+    Raises:
+        InputError: there is none, it has no images, or its files are not there.
+    """
+    dataset = _testset_config(config)
+    try:
+        dataset = DATASETS.build(dataset)
+    except FileNotFoundError as error:
+        raise InputError(f'CONFIG: the test set of {config.filename} is not there: {_first_line(error)}') from error
+    if not len(dataset):
+        raise InputError(f'CONFIG: wanted images in the test set of {config.filename}, got none')
+    return dataset
+
+
+def walk(dataset: BaseDataset) -> Iterator[dict]:
+    """What the pipeline makes of each image of a data set, with a progress bar."""
+    for i in track(range(len(dataset)), 'images'):
+        yield dataset[i]
+
+
+class FileReader:
+    """Reads images, and class ids for them, by the rules of a config's test set, whose own files need not be there.
+
+    Args:
+        config: by :func:`load_config`.
+
+    Raises:
+        InputError: the config has no test set.
+    """
+
+    def __init__(self, config: Config):
+        dataset = _testset_config(config)
+        while 'pipeline' not in dataset:  # that of what a wrapper, such as ConcatDataset, holds
+            dataset = dataset['dataset'] if 'dataset' in dataset else dataset['datasets'][0]
+        self.dataset = DATASETS.build({**dataset, 'lazy_init': True})
+        transforms = self.dataset.pipeline.transforms
+        loaders = [transform for transform in transforms if isinstance(transform, LoadAnnotations)]
+        self.load_truth = loaders[0] if loaders else TRANSFORMS.build(dict(type='LoadAnnotations'))
+        self.pipeline = Compose([transform for transform in transforms if transform not in loaders])
+
+    @property
+    def palette(self) -> List[List[int]]:
+        """The colours of the classes."""
+        return self.dataset.metainfo['palette']
+
+    def read(self, image: Path, truth: Optional[Path] = None) -> Tuple[dict, Optional[np.ndarray]]:
+        """An image through the test pipeline, and its class ids (H, W) uint8 as the data set counts them.
+
+        Raises:
+            InputError: a file is no picture, or the truth is not class ids of the image's size.
+        """
+        rules = dict(reduce_zero_label=self.dataset.reduce_zero_label, label_map=self.dataset.label_map)
+        try:
+            data = self.pipeline(dict(img_path=str(image), seg_fields=[], **rules))
+        except UNREADABLE as error:
+            raise InputError(
+                f'image: wanted a picture, got {image}, which cannot be read: {_first_line(error)}'
+            ) from error
+        if truth is None:
+            return data, None
+        try:
+            labels = self.load_truth(dict(seg_map_path=str(truth), seg_fields=[], **rules))['gt_seg_map']
+        except UNREADABLE as error:
+            raise InputError(
+                f'truth: wanted class ids, got {truth}, which cannot be read: {_first_line(error)}'
+            ) from error
+        if labels.ndim != 2:
+            raise InputError(
+                f'truth: wanted class ids (H, W), got {truth} of shape {labels.shape}, which looks like colours'
+            )
+        size = tuple(data['data_samples'].ori_shape)
+        if labels.shape != size:
+            raise InputError(f'truth: wanted class ids of the size of {image}, {size}, got {truth} of {labels.shape}')
+        return data, labels
+
+
+def list_images(path: Path) -> List[Path]:
+    """The image itself, or a folder's images in order.
+
+    Raises:
+        InputError: there are none.
+    """
+    if not path.exists():
+        raise InputError(f'image: wanted an image or a folder of images, got {path}, which is not there')
+    images = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+    if not images:
+        raise InputError(f'image: wanted a folder with {", ".join(SUFFIXES)} files, got {path} without any')
+    return images
+
+
+def pair_truth(images: List[Path], truth: Optional[Path]) -> List[Optional[Path]]:
+    """The file with each image's class ids: ``truth`` itself, or the PNG of the image's name in that folder.
+
+    Raises:
+        InputError: one is not there, or one file is given for several images.
+    """
+    if truth is None:
+        return [None] * len(images)
+    if truth.is_file() and len(images) > 1:
+        raise InputError(f'truth: wanted a folder, since there are {len(images)} images, got the file {truth}')
+    found = [truth / f'{image.stem}.png' if truth.is_dir() else truth for image in images]
+    missing = [str(path) for path in found if not path.is_file()]
+    if missing:
+        more = f' and {len(missing) - 1} more' if len(missing) > 1 else ''
+        raise InputError(f'truth: wanted class ids of each image, {missing[0]}{more} not there')
+    return found
+
+
+def picture_names(images: List[Path]) -> List[str]:
+    """A PNG's name for each image: its own with another suffix, or with one more where two would be the same."""
+    shared = max(Counter(image.stem for image in images).values()) > 1
+    return [f'{image.name if shared else image.stem}.png' for image in images]
