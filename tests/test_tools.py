@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TOY, build_runner, run
+from conftest import ROOT, TOY, build_msvit, build_runner, run
 from mmengine.config import Config
 from mmseg.registry import MODELS
 from PIL import Image
@@ -22,9 +22,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmseg_msvit.command_line import InputError
 from mmseg_msvit.flops import HeadMacs
+from mmseg_msvit.sweep import set_threshold
 from mmseg_msvit.testset import FileReader, pair_truth, picture_names
+from mmseg_msvit.timing import in_turns, paired_ratios
 
 TOOL = [sys.executable, '-W', 'ignore']
+
+
+def test_tools_share_by_the_package_alone():
+    tools = list((ROOT / 'tools').rglob('*.py'))
+    names = '|'.join(path.stem for path in tools)
+    for path in tools:
+        text = path.read_text()
+        assert 'sys.path' not in text and not re.search(rf'^\s*(from|import) ({names})\b', text, re.M), path
 
 
 @pytest.fixture
@@ -352,6 +362,22 @@ def test_tradeoff_trains_a_seed_and_does_not_train_twice(config, tmp_path):
         file.write('launcher = None\n')
     refused = subprocess.run([str(part) for part in tool], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode != 0 and 'has changed since it was trained' in refused.stderr
+
+
+def test_a_threshold_takes_the_place_of_a_budget():
+    model = build_msvit(token_budget=5)
+    for threshold, tokens in ((0, 5), (1, 17)):
+        set_threshold(model, threshold)
+        assert model.tokenize(torch.randn(1, 3, 64, 64))[1].lengths == [tokens]
+
+
+def test_functions_take_turns_and_the_first_round_does_not_count():
+    calls = []
+    functions = {name: lambda batch, name=name: calls.append((name, batch.item())) for name in 'ab'}
+    seconds = in_turns(functions, [torch.tensor([1]), torch.tensor([2])], warm_up=torch.tensor([0]))
+    assert calls == [('a', 0), ('b', 0), ('a', 1), ('b', 1), ('a', 2), ('b', 2)]
+    assert list(seconds) == ['a', 'b'] and all(len(spent) == 2 for spent in seconds.values())
+    assert paired_ratios([2, 12, 9], [1, 4, 1]) == (3, 2, 9) and paired_ratios([3], [2]) == (1.5, 1.5, 1.5)
 
 
 @pytest.mark.slow
