@@ -2,24 +2,39 @@
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from copy import deepcopy
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TOY, build_runner, run
+from conftest import ROOT, TOY, build_msvit, build_runner, run
 from mmengine.config import Config
 from mmseg.registry import MODELS
+from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmseg_msvit.command_line import InputError
 from mmseg_msvit.flops import HeadMacs
+from mmseg_msvit.sweep import set_threshold
+from mmseg_msvit.testset import FileReader, pair_truth, picture_names
+from mmseg_msvit.timing import in_turns, paired_ratios
 
 TOOL = [sys.executable, '-W', 'ignore']
+
+
+def test_tools_share_by_the_package_alone():
+    tools = list((ROOT / 'tools').rglob('*.py'))
+    names = '|'.join(path.stem for path in tools)
+    for path in tools:
+        text = path.read_text()
+        assert 'sys.path' not in text and not re.search(rf'^\s*(from|import) ({names})\b', text, re.M), path
 
 
 @pytest.fixture
@@ -40,6 +55,29 @@ def dense(config, tmp_path):
     twin.dump(str(tmp_path / 'dense.py'))
     torch.save(dict(state_dict=MODELS.build(twin.model).state_dict(), meta={}), tmp_path / 'dense.pth')
     return str(tmp_path / 'dense.py'), str(tmp_path / 'dense.pth')
+
+
+@pytest.fixture
+def bare(config, tmp_path):
+    """CONFIG and bare weights, first values without anything beside them."""
+    torch.save(MODELS.build(config.model).state_dict(), tmp_path / 'bare.pth')
+    config.dump(str(tmp_path / 'config.py'))
+    return str(tmp_path / 'config.py'), str(tmp_path / 'bare.pth')
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """Call with a tool's name and arguments: runs it in this process, and gives the message it ends with, or None."""
+
+    def call(name, *args):
+        monkeypatch.setattr(sys, 'argv', [name, *(str(arg) for arg in args)])
+        try:
+            runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')
+        except SystemExit as end:
+            return end.code
+        return None
+
+    return call
 
 
 def counted(function):
@@ -157,6 +195,134 @@ def test_show_tokens(trained, scenes, tmp_path):
     assert width == 5 * 480 and height > 300  # five panels
 
 
+def test_show_tokens_keeps_namesakes_apart_and_goes_on_after_a_corrupt_image(bare, scenes, tool, tmp_path):
+    folder = tmp_path / 'images'
+    folder.mkdir()
+    image = cv2.imread(str(scenes / 'images/val/0000.png'))
+    cv2.imwrite(str(folder / 'a.png'), image)
+    cv2.imwrite(str(folder / 'a.jpg'), 255 - image)
+    (folder / 'b.png').write_bytes((folder / 'a.png').read_bytes()[:40])
+    (folder / 'c.png').write_bytes(b'')
+    shutil.copy(folder / 'a.png', folder / 'd.png')
+    end = tool('show_tokens.py', *bare, folder, '--out', tmp_path / 'out')
+    assert [line.split(', which')[0] for line in end.splitlines()] == [
+        f'image: wanted a picture, got {folder / name}' for name in ('b.png', 'c.png')
+    ]
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['a.jpg.png', 'a.png.png', 'd.png.png']
+    first, second = (cv2.imread(str(tmp_path / f'out/a.{kind}.png')) for kind in ('jpg', 'png'))
+    assert (first != second).any()
+    assert picture_names([folder / 'a.png', folder / 'b.jpg']) == ['a.png', 'b.png']
+
+
+@pytest.mark.parametrize('reduce_zero_label', [False, True])
+def test_truth_is_read_as_the_test_set_reads_it(config, tmp_path, reduce_zero_label):
+    ids = np.array([[0, 1, 2], [7, 255, 0]], np.uint8)
+    picture = Image.fromarray(ids, mode='P')
+    picture.putpalette([value for i in range(256) for value in (i, 255 - i, 30)])
+    picture.save(tmp_path / 'truth.png')
+    cv2.imwrite(str(tmp_path / 'image.jpg'), np.zeros((2, 3, 3), np.uint8))
+    config.test_dataloader.dataset.reduce_zero_label = reduce_zero_label
+    config.test_dataloader.dataset = dict(type='ConcatDataset', datasets=[config.test_dataloader.dataset])
+    reader = FileReader(config)
+    data, labels = reader.read(tmp_path / 'image.jpg', tmp_path / 'truth.png')
+    wanted = [[255, 0, 1], [6, 255, 255]] if reduce_zero_label else ids.tolist()
+    assert labels.tolist() == wanted and data['inputs'].shape == (3, 2, 3)
+    assert reader.palette[0] == [120, 170, 230]
+
+
+def test_truth_that_does_not_fit_is_named(config, scenes, tmp_path):
+    reader, image = FileReader(config), scenes / 'images/val/0000.png'
+    with pytest.raises(InputError, match=r'truth: wanted class ids \(H, W\), got .*0000.png of shape \(96, 96, 3\)'):
+        reader.read(image, image)
+    cv2.imwrite(str(tmp_path / 'small.png'), np.zeros((48, 96), np.uint8))
+    with pytest.raises(InputError, match=r'of the size of .*0000.png, \(96, 96\), got .*small.png of \(48, 96\)'):
+        reader.read(image, tmp_path / 'small.png')
+    (tmp_path / 'broken.png').write_bytes(b'no picture')
+    with pytest.raises(InputError, match='truth: wanted class ids, got .*broken.png, which cannot be read'):
+        reader.read(image, tmp_path / 'broken.png')
+    with pytest.raises(InputError, match='truth: wanted a folder, since there are 2 images'):
+        pair_truth([image, image], image)
+
+
+def test_truth_that_is_not_there_is_found_out_before_the_model_is_loaded(scenes, tool, tmp_path):
+    images = scenes / 'images/val'
+    shutil.copy(scenes / 'annotations/val/0001.png', tmp_path)
+    end = tool('show_tokens.py', 'no_config', 'no_checkpoint', images, '--truth', tmp_path)
+    assert end == f'truth: wanted class ids of each image, {tmp_path}/0000.png and 1 more not there'
+    end = tool('show_tokens.py', 'no_config', 'no_checkpoint', images / '0000.png', '--truth', tmp_path / 'nothing.png')
+    assert end == f'truth: wanted class ids of each image, {tmp_path}/nothing.png not there'
+
+
+def commands(config, checkpoint, image):
+    """A command line of each tool that takes a config."""
+    return [
+        ('get_flops.py', config, checkpoint),
+        ('analyze_gate.py', config, checkpoint),
+        ('show_tokens.py', config, checkpoint, image),
+        ('tradeoff.py', f'name={config},{checkpoint}', '--device', 'cpu'),
+    ]
+
+
+def test_tools_say_in_one_line_what_is_wrong_with_config_and_checkpoint(bare, scenes, tool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image, other = scenes / 'images/val/0000.png', str(tmp_path / 'other.py')
+    for command in commands(other, bare[1], image):
+        assert tool(*command) == f'CONFIG: wanted a file, got {other}, which is not there'
+    for command in commands(bare[0], 'no.pth', image):
+        assert tool(*command) == 'CHECKPOINT: wanted a file, got no.pth, which is not there'
+    (tmp_path / 'cut.pth').write_bytes(Path(bare[1]).read_bytes()[:3000])
+    for command in commands(bare[0], 'cut.pth', image):
+        end = tool(*command)
+        assert re.fullmatch(r'CHECKPOINT: wanted weights of .*config.py, got cut.pth, which cannot be read: .+', end)
+
+    config = Config.fromfile(bare[0])
+    config.pop('test_dataloader')
+    config.dump(other)
+    for command in commands(other, bare[1], image):
+        assert tool(*command) == f'CONFIG: wanted one with a test_dataloader, got {other} without'
+    config = Config.fromfile(bare[0])
+    config.model.backbone = dict(type='ResNetV1c', depth=18)
+    config.dump(other)
+    for command in [*commands(other, bare[1], image), ('benchmark.py', other)]:
+        wanted = 'VisionTransformer' if command[0] in ('get_flops.py', 'tradeoff.py') else 'MSViT'
+        assert tool(*command) == f'CONFIG: wanted a backbone of type {wanted}, got ResNetV1c in {other}'
+    (tmp_path / 'other.py').write_text('a = 1')
+    assert tool('get_flops.py', other) == f'CONFIG: wanted a segmentor, got {other} without a model that has a backbone'
+
+
+def test_a_test_set_without_files_or_truth_is_named(bare, tool, tmp_path):
+    config = Config.fromfile(bare[0])
+    config.test_dataloader.dataset.pipeline = [dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]
+    config.dump(bare[0])
+    end = tool('analyze_gate.py', *bare)
+    assert end == 'test set: wanted truth for each image, got a pipeline that loads none'
+    config.test_dataloader.dataset.data_root = 'no/such/folder'
+    config.dump(bare[0])
+    end = tool('get_flops.py', *bare)
+    assert end.startswith(f'CONFIG: the test set of {bare[0]} is not there') and 'no/such/folder/images/val' in end
+
+
+@pytest.mark.parametrize('command', [
+    ('get_flops.py', TOY, '--shape', 0, 10),
+    ('get_flops.py', TOY, '--shape', 64, -1),
+    ('benchmark.py', TOY, '--batch', 0),
+])  # fmt: skip
+def test_numbers_are_checked(command, tool, capsys):
+    assert tool(*command) == 2
+    assert 'wanted a whole number from 1, got' in capsys.readouterr().err
+
+
+def test_benchmark_names_a_gate_and_an_image_that_it_cannot_use(tool, tmp_path):
+    options = (ROOT / TOY, '--size', 64, '--repeat', 1, '--device', 'cpu')
+    wanted = '--gate: wanted own, fine, coarse or random:P, P in [0, 1], got '
+    for gate in ('half', 'random:x', 'random:2'):
+        assert tool('benchmark.py', *options, '--gate', gate) == wanted + gate
+    for name in 'ab':
+        (tmp_path / f'{name}.png').write_bytes(b'no picture')
+    end = tool('benchmark.py', *options, '--images', tmp_path)
+    assert end == f'--images: wanted pictures, got {tmp_path}/a.png, which cannot be read'
+
+
 @pytest.mark.slow
 def test_tradeoff(config, trained, dense, tmp_path):
     ours, twin = ','.join(trained), ','.join(dense)
@@ -196,6 +362,22 @@ def test_tradeoff_trains_a_seed_and_does_not_train_twice(config, tmp_path):
         file.write('launcher = None\n')
     refused = subprocess.run([str(part) for part in tool], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode != 0 and 'has changed since it was trained' in refused.stderr
+
+
+def test_a_threshold_takes_the_place_of_a_budget():
+    model = build_msvit(token_budget=5)
+    for threshold, tokens in ((0, 5), (1, 17)):
+        set_threshold(model, threshold)
+        assert model.tokenize(torch.randn(1, 3, 64, 64))[1].lengths == [tokens]
+
+
+def test_functions_take_turns_and_the_first_round_does_not_count():
+    calls = []
+    functions = {name: lambda batch, name=name: calls.append((name, batch.item())) for name in 'ab'}
+    seconds = in_turns(functions, [torch.tensor([1]), torch.tensor([2])], warm_up=torch.tensor([0]))
+    assert calls == [('a', 0), ('b', 0), ('a', 1), ('b', 1), ('a', 2), ('b', 2)]
+    assert list(seconds) == ['a', 'b'] and all(len(spent) == 2 for spent in seconds.values())
+    assert paired_ratios([2, 12, 9], [1, 4, 1]) == (3, 2, 9) and paired_ratios([3], [2]) == (1.5, 1.5, 1.5)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from mmengine.config import Config
 
 from mmseg_msvit.command_line import InputError, one_line_errors
 from mmseg_msvit.sweep import Run, curves, measure
-from mmseg_msvit.testset import load_config
+from mmseg_msvit.testset import load_config, load_testset
 from mmseg_msvit.visualization import draw_curves
 
 
@@ -44,7 +44,9 @@ def train(config: str, seed: int, folder: Path) -> str:
         command = [sys.executable, '-m', 'mim', 'train', 'mmsegmentation', config, '--work-dir', str(folder), '--yes']
         command += ['--resume'] if (folder / 'last_checkpoint').exists() else []
         with open(folder / 'train.log', 'a') as log:
-            subprocess.run([*command, '--cfg-options', f'randomness.seed={seed}'], check=True, stdout=log, stderr=log)
+            finished = subprocess.run([*command, '--cfg-options', f'randomness.seed={seed}'], stdout=log, stderr=log)
+        if finished.returncode:
+            raise InputError(f'training {config} failed: {folder}/train.log says why')
         done.write_text(text)
     return (folder / 'last_checkpoint').read_text().strip()
 
@@ -59,7 +61,7 @@ def main() -> None:
     args = parser.parse_args()
 
     for _, config, _ in args.runs:
-        load_config(config)  # none is found missing after hours of training
+        load_testset(load_config(config))  # what is missing is missed before hours of training
     args.out.mkdir(parents=True, exist_ok=True)
     runs = []
     for name, config, checkpoint in args.runs:
