@@ -4,6 +4,7 @@ The way of an image: ``gate`` gives a logit for each region, ``select`` turns lo
 ``embed`` makes the tokens, the blocks run over the pack, and ``TokenBatch.to_grid`` puts them back on the dense grid.
 """
 
+import os
 from typing import ClassVar, Dict, List, Optional, Sequence, Tuple, Union
 from weakref import WeakSet
 
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import attend, attend_reference, drop_path
-from .checkpoint import fit, read_checkpoint, resample_positions, unwrap
+from .checkpoint import ADDED, adapt, fit, misshapen, refuse
 from .embedding import Grid, area_mean, pad_to_regions, patchify, position_tables
 from .gate_losses import GateLoss
 from .gates import Gate
+from .reading import read_checkpoint, tensors_below
 from .tokens import TokenBatch, TokenSelector, raise_not_finite, region_grid
 
 COARSE_EMBED = ('resize', 'resize+detail')
@@ -67,6 +69,8 @@ class MSViT(VisionTransformer):
         token_budget: Optional[float] = None,
         **kwargs,
     ):
+        if isinstance(kwargs.get('pretrained'), os.PathLike):
+            kwargs['pretrained'] = os.fspath(kwargs['pretrained'])
         super().__init__(*args, patch_bias=patch_bias, **kwargs)
         fine, coarse = _check_scales(scales, self.patch_size)
         if getattr(self.patch_embed.adap_padding, 'padding', None) != 'corner':
@@ -100,7 +104,7 @@ class MSViT(VisionTransformer):
         if coarse_embed == 'resize+detail':
             self.coarse_detail = nn.Conv2d(self.embed_dims, self.embed_dims, self.side, self.side)
             self._init_detail()
-        self.register_load_state_dict_pre_hook(MSViT._resample_loaded_positions)
+        self.register_load_state_dict_pre_hook(MSViT._adapt_loaded)
         # The one slot between a training forward and its gate losses; pop_gate_losses empties it.
         self._gated: Optional[TokenBatch] = None
 
@@ -112,16 +116,17 @@ class MSViT(VisionTransformer):
     def init_weights(self) -> None:
         """As mmseg's ViT; a gate, and the detail of the coarse embedding, keep their own first values.
 
-        A checkpoint that ``init_cfg`` or ``pretrained`` names may be of any layout that :mod:`.checkpoint` knows; the
-        log says what was made of it.
+        A checkpoint that ``init_cfg`` or ``pretrained`` names may be of any layout that :mod:`.checkpoint` knows, and
+        of several models one, by ``init_cfg``'s ``prefix``; the log says what was made of it.
 
         Raises:
             ValueError: the checkpoint cannot be read, or is not of this architecture.
         """
         if isinstance(self.init_cfg, dict) and self.init_cfg['type'].startswith('Pretrained'):
-            tensors, report = fit(self, unwrap(read_checkpoint(self.init_cfg['checkpoint'])))
+            path, prefix = self.init_cfg['checkpoint'], self.init_cfg.get('prefix', '')
+            tensors, report = fit(self, tensors_below(read_checkpoint(path), prefix))
             self.load_state_dict(tensors, strict=False)
-            print_log(f'{self.init_cfg["checkpoint"]}: {report}', logger='current')
+            print_log(f'{path}: {report}', logger='current')
             if self.gate.init_cfg is not None:  # a gate of its own takes precedence
                 self.gate.init_weights()
         else:
@@ -129,12 +134,16 @@ class MSViT(VisionTransformer):
             self.gate.init_weights()
             self._init_detail()
 
-    def _resample_loaded_positions(self, state_dict: dict, prefix: str, *args) -> None:
-        """Before any ``load_state_dict``: a position table of another grid is resampled to this one's."""
-        source = state_dict.get(prefix + 'pos_embed')
-        if source is not None and source.shape != self.pos_embed.shape and source.shape[2] == self.pos_embed.shape[2]:
-            state_dict[prefix + 'pos_embed'], how = resample_positions(source, self.table, self.interpolate_mode)
-            print_log(f'{prefix}pos_embed resampled: {how}', logger='current')
+    def _adapt_loaded(self, state_dict: dict, prefix: str, *args) -> None:
+        """Before any ``load_state_dict``: brings what is of another image size, or without patch bias, to this model.
+
+        Raises:
+            ValueError: a tensor of the ViT itself has another shape; mmengine alone would go on with a random one.
+        """
+        for name, how in adapt(self, state_dict, prefix).items():
+            print_log(f'{prefix}{name} {how}', logger='current')
+        shapes = misshapen(self, state_dict, prefix)
+        refuse({name: how for name, how in shapes.items() if not name.startswith(ADDED)})
 
     def _init_detail(self) -> None:
         if self.coarse_detail is not None:

@@ -8,14 +8,14 @@ import math
 from typing import Tuple
 
 import torch
-import torch.nn.functional as F
 from mmengine.model import BaseModule
 from mmengine.model.weight_init import trunc_normal_
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from .checkpoint import read_checkpoint, unwrap
+from .checkpoint import resample_grid
 from .embedding import patchify
+from .reading import read_checkpoint, tensors_below
 
 # A decided gate's logit: sigmoid(20) is 1 - 2e-9, so that it is beyond any threshold that one would set.
 CERTAIN = 20.0
@@ -111,11 +111,10 @@ class MLPGate(Gate):
         if self.init_cfg is None:
             return
         path, prefix = self.init_cfg['checkpoint'], self.init_cfg.get('prefix', '')
-        tensors = unwrap(read_checkpoint(path))
-        weights = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        weights = tensors_below(read_checkpoint(path), prefix)
         own = self.state_dict()
         if 'pos_embed' in weights and weights['pos_embed'].ndim == 4:
-            weights['pos_embed'] = self._at(weights['pos_embed'], self.grid)
+            weights['pos_embed'] = resample_grid(weights['pos_embed'], self.grid)
         wrong = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
         if wrong:
             raise ValueError(
@@ -139,15 +138,8 @@ class MLPGate(Gate):
     def forward(self, images: Tensor, grid: Tuple[int, int]) -> Tensor:
         with torch.autocast(images.device.type, enabled=False):
             pixels = self.pixels(images, grid).to(self.embed.weight.dtype)  # (B, hc, wc, C * R * R)
-            x = self.embed(pixels) + self._at(self.pos_embed, grid).permute(0, 2, 3, 1)  # (B, hc, wc, width)
+            x = self.embed(pixels) + resample_grid(self.pos_embed, grid).permute(0, 2, 3, 1)  # (B, hc, wc, width)
             return self.mlp(x).squeeze(-1).float()  # (B, hc, wc)
-
-    @staticmethod
-    def _at(position: Tensor, grid: Tuple[int, int]) -> Tensor:
-        """A position embedding (1, width, gh, gw) on another region grid."""
-        if tuple(position.shape[2:]) == tuple(grid):
-            return position
-        return F.interpolate(position, size=tuple(grid), mode='bilinear', align_corners=False)
 
 
 @MODELS.register_module()

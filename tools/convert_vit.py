@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from mmseg_msvit.checkpoint import read_checkpoint, rename, unwrap
+from mmseg_msvit.layouts import fold_layer_scale, rename
+from mmseg_msvit.reading import read_checkpoint, unwrap
 
 
 def main() -> None:
@@ -21,6 +22,7 @@ def main() -> None:
     parser.add_argument('dst', type=Path)
     args = parser.parse_args()
     layout, tensors, others = rename(unwrap(read_checkpoint(args.src)))
+    fold_layer_scale(tensors)  # mmseg's ViT has none
     unfinished = args.dst.with_name(args.dst.name + '.unfinished')
     torch.save(tensors, unfinished)
     os.replace(unfinished, args.dst)
