@@ -7,7 +7,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmseg.registry import HOOKS
 
 from .checkpoint import adapt, fit, misfits, refuse
@@ -31,7 +31,9 @@ class ViTWeightsHook(Hook):
         Raises:
             ValueError: the checkpoint is not of this architecture.
         """
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):  # whose names mmengine leaves out
+            model = model.module
         backbone = find_msvit(model)
         (name,) = (name for name, module in model.named_modules() if module is backbone)
         tensors = unwrap(checkpoint)

@@ -63,9 +63,9 @@ def read_checkpoint(path: Union[str, Path]) -> dict:
             with np.load(file, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         return _read_torch(file)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        if isinstance(error, _WantsMore):
-            raise
+    except (_WantsMore, ImportError):
+        raise
+    except Exception as error:  # each format has errors of its own
         raise ValueError(f'checkpoint: wanted a whole checkpoint, got {path}, which cannot be read: {error}') from error
 
 
@@ -99,7 +99,9 @@ def _read_torch(file: Path) -> dict:
             return torch.load(file, map_location='cpu', weights_only=True)
 
 
-@CheckpointLoader.register_scheme([r'https?://[^?]*\.(npz|safetensors)(\?|$)', r'.*\.(npz|safetensors)$'], force=True)
+@CheckpointLoader.register_scheme(
+    [r'https?://[^?]*\.(npz|safetensors)(\?|$)', r'(?!.*://).*\.(npz|safetensors)$'], force=True
+)
 def load_from_arrays(filename: str, map_location=None) -> dict:
     """Lets mmengine's ``load_from`` name what it cannot read itself; its prefixes of addresses are patterns."""
     return read_checkpoint(filename)

@@ -289,6 +289,23 @@ def test_load_from_keeps_the_head_of_a_whole_model(wrap, layout, images, tmp_pat
         assert torch.equal(tensor, source.state_dict()[name]), name
 
 
+@pytest.mark.parametrize('layout', ['MSViT', 'timm'])
+def test_load_from_with_test_time_augmentation_keeps_the_head(layout, images, tmp_path):
+    source = MODELS.build(segmentor())
+    vit = timm_vit()
+    randomize(source)
+    path = str(tmp_path / 'segmentor.pth')
+    torch.save(vit.state_dict() if layout == 'timm' else {'state_dict': source.state_dict()}, path)
+    runner = runner_for(dict(type='SegTTAModel', module=segmentor()), tmp_path)
+    runner.load_checkpoint(path)
+    model = runner.model.module
+    if layout == 'timm':
+        check(model.backbone.eval(), timm_features(vit, images), images)
+    else:
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, source.state_dict()[name]), name
+
+
 def test_load_from_refuses_a_deeper_segmentor(tmp_path):
     torch.save({'state_dict': MODELS.build(segmentor(num_layers=4)).state_dict()}, tmp_path / 'segmentor.pth')
     with pytest.raises(ValueError, match='layers.3.ln1.weight finds no place'):
@@ -443,6 +460,22 @@ def test_a_vit_of_another_kind_is_refused_by_its_tensors(weights, ours, message)
 def test_a_final_norm_without_place_is_not_used():
     _, report = fit(build(final_norm=False), timm_vit().state_dict())
     assert {'ln1.weight', 'ln1.bias'} < set(report.unused)
+
+
+@pytest.mark.parametrize('name', ['bad.safetensors', 'bad.npz', 'bad.pth'])
+def test_a_file_that_is_cut_off_is_said_to_be(name, tmp_path):
+    save_file({'a': torch.zeros(99)}, tmp_path / 'a.safetensors')
+    np.savez(tmp_path / 'a.npz', a=np.zeros(99))
+    torch.save({'a': torch.zeros(99)}, tmp_path / 'a.pth')
+    whole = (tmp_path / name.replace('bad', 'a')).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=f'wanted a whole checkpoint, got .*{name}, which cannot be read'):
+        read_checkpoint(tmp_path / name)
+
+
+def test_a_scheme_that_nobody_knows_is_no_file():
+    with pytest.raises(FileNotFoundError):
+        read_checkpoint('nowhere://vit.npz')
 
 
 def test_missing_file():
@@ -626,6 +659,8 @@ def test_mmengine_0_10_loads_training_checkpoints(tmp_path, monkeypatch):
     torch.save({'state_dict': {}, 'message_hub': hub}, tmp_path / 'a.pth')
     torch.save(Reaching(), tmp_path / 'b.pth')
     monkeypatch.setattr(mmengine, '__version__', '0.10.7')
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
     try:
         runpy.run_path(reading.__file__, run_name=reading.__name__)
         hub = torch.load(tmp_path / 'a.pth', weights_only=True)['message_hub']
@@ -634,3 +669,4 @@ def test_mmengine_0_10_loads_training_checkpoints(tmp_path, monkeypatch):
             torch.load(tmp_path / 'b.pth', weights_only=True)
     finally:
         torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)

@@ -3,7 +3,8 @@
     python tools/convert_vit.py SRC DST
 
 SRC may be of timm, DeiT, DINO, MAE, CLIP's image tower, the official Segmenter, mmpretrain, mmseg (.pth, .safetensors)
-or AugReg (.npz). MSViT reads all of these itself; this is for mmseg's own ViT, and for looking at a checkpoint.
+or AugReg (.npz). Layer scale is folded into the projections before it. MSViT reads all of these itself; this is for
+mmseg's own ViT, and for looking at a checkpoint.
 """
 
 import argparse
