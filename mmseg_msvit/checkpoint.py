@@ -186,9 +186,9 @@ def adapt(backbone: nn.Module, tensors: Dict[str, Tensor], prefix: str = '') -> 
     return done
 
 
-def misshapen(backbone: nn.Module, tensors: Dict[str, Tensor], prefix: str = '') -> Dict[str, str]:
-    """Names, without prefix, of tensors in another shape than the backbone's -> both shapes."""
-    wanted = {name: own.shape for name, own in backbone.state_dict().items() if isinstance(own, Tensor)}
+def misshapen(module: nn.Module, tensors: Dict[str, Tensor], prefix: str = '') -> Dict[str, str]:
+    """Names, without prefix, of tensors in another shape than the module's -> both shapes."""
+    wanted = {name: own.shape for name, own in module.state_dict().items() if isinstance(own, Tensor)}
     return {
         name: f'{tuple(tensors[prefix + name].shape)}, wanted {tuple(shape)}'
         for name, shape in wanted.items()

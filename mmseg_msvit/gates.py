@@ -13,7 +13,7 @@ from mmengine.model.weight_init import trunc_normal_
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from .checkpoint import resample_grid
+from .checkpoint import misshapen, resample_grid
 from .embedding import patchify
 from .reading import read_checkpoint, tensors_below
 
@@ -115,11 +115,11 @@ class MLPGate(Gate):
         own = self.state_dict()
         if 'pos_embed' in weights and weights['pos_embed'].ndim == 4:
             weights['pos_embed'] = resample_grid(weights['pos_embed'], self.grid)
-        wrong = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
+        wrong = [f'{name} {shapes}' for name, shapes in misshapen(self, weights).items()]
+        wrong += [f'no {name}' for name in own if name not in weights]
         if wrong:
             raise ValueError(
-                f'gate.init_cfg: wanted the gate below prefix {prefix!r} of {path}, missing or of another '
-                f'shape there: {", ".join(wrong[:4])}'
+                f'gate.init_cfg: wanted the gate below prefix {prefix!r} of {path}, got {"; ".join(wrong[:6])}'
             )
         self.load_state_dict({name: weights[name] for name in own})
 
