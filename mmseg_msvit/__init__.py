@@ -9,7 +9,7 @@ from .gate_losses import (
     TokenBudgetLoss,
 )
 from .gates import FixedGate, MLPGate, RandomGate, VarianceGate
-from .hooks import GateLossHook, TokenMapHook
+from .hooks import GateLossHook, TokenMapHook, ViTWeightsHook
 from .metrics import TokenMetric
 from .optim import MSViTLayerDecayConstructor
 
@@ -31,4 +31,5 @@ __all__ = [
     'TokenMapHook',
     'TokenMetric',
     'VarianceGate',
+    'ViTWeightsHook',
 ]

@@ -5,6 +5,7 @@ The way of an image: gates give a logit for each region and ``select`` turns the
 dense grid.
 """
 
+import os
 import warnings
 from functools import lru_cache, partial
 from typing import ClassVar, Dict, List, Optional, Sequence, Tuple, Union
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .blocks import Places, block_of
-from .checkpoint import fit, read_checkpoint, resample_positions, unwrap
+from .checkpoint import ADDED, adapt, fit, misshapen, refuse
 from .embedding import CoarseDetail, PatchRows, area_mean, pad_to_regions, patchify
 from .gate_losses import GateLoss
 from .gates import Gate
 from .positions import rotary, table_positions
+from .reading import read_checkpoint, tensors_below
 from .tokens import Decision, Grid, TokenMap, TokenSelector, raise_not_finite, region_grid
 
 COARSE_EMBED = ('resize', 'resize+detail')
@@ -78,6 +80,8 @@ class MixedScale:
         num_register_tokens: int = 0,
         **kwargs,
     ):
+        if isinstance(kwargs.get('pretrained'), os.PathLike):
+            kwargs['pretrained'] = os.fspath(kwargs['pretrained'])
         super().__init__(*args, **kwargs)
         self.scales = _check_scales(scales, self.patch_size)
         self.sides = tuple(scale // self.patch_size for scale in self.scales)
@@ -124,7 +128,7 @@ class MixedScale:
             if len(self.sides) > 2:
                 self.coarser_details = nn.ModuleList(CoarseDetail(self.embed_dims, side) for side in self.sides[2:])
         self.layers = nn.ModuleList(self._block(layer) for layer in self.layers)
-        self.register_load_state_dict_pre_hook(MixedScale._resample_loaded_positions)
+        self.register_load_state_dict_pre_hook(MixedScale._adapt_loaded)
         # Between a training forward and its gate losses; pop_gate_losses empties it. It holds a step's forwards while
         # a hook collects them, else the last one.
         self._gated: List[Tuple[TokenMap, Decision]] = []
@@ -151,16 +155,17 @@ class MixedScale:
     def init_weights(self) -> None:
         """As the library's ViT; gates, and what else is not the library's, keep their own first values.
 
-        A checkpoint that ``init_cfg`` or ``pretrained`` names may be of any layout that :mod:`.checkpoint` knows; the
-        log says what was made of it.
+        A checkpoint that ``init_cfg`` or ``pretrained`` names may be of any layout that :mod:`.checkpoint` knows, and
+        of several models one, by ``init_cfg``'s ``prefix``; the log says what was made of it.
 
         Raises:
             ValueError: the checkpoint cannot be read, or is not of this architecture.
         """
         if isinstance(self.init_cfg, dict) and self.init_cfg['type'].startswith('Pretrained'):
-            tensors, report = fit(self, unwrap(read_checkpoint(self.init_cfg['checkpoint'])))
+            path, prefix = self.init_cfg['checkpoint'], self.init_cfg.get('prefix', '')
+            tensors, report = fit(self, tensors_below(read_checkpoint(path), prefix))
             self.load_state_dict(tensors, strict=False)
-            print_log(f'{self.init_cfg["checkpoint"]}: {report}', logger='current')
+            print_log(f'{path}: {report}', logger='current')
             if self.gate.init_cfg is not None:  # a gate of its own takes precedence
                 for gate in self.gates:
                     gate.init_weights()
@@ -173,12 +178,16 @@ class MixedScale:
             if self.register_tokens is not None:
                 nn.init.normal_(self.register_tokens, std=1e-6)
 
-    def _resample_loaded_positions(self, state_dict: dict, prefix: str, *args) -> None:
-        """Before any ``load_state_dict``: a position table of another grid is resampled to this one's."""
-        source = state_dict.get(prefix + 'pos_embed')
-        if source is not None and source.shape != self.pos_embed.shape and source.shape[2] == self.pos_embed.shape[2]:
-            state_dict[prefix + 'pos_embed'], how = resample_positions(source, self.table, self.interpolate_mode)
-            print_log(f'{prefix}pos_embed resampled: {how}', logger='current')
+    def _adapt_loaded(self, state_dict: dict, prefix: str, *args) -> None:
+        """Before any ``load_state_dict``: brings what is of another image size, or without patch bias, to this model.
+
+        Raises:
+            ValueError: a tensor of the ViT itself has another shape; mmengine alone would go on with a random one.
+        """
+        for name, how in adapt(self, state_dict, prefix).items():
+            print_log(f'{prefix}{name} {how}', logger='current')
+        shapes = misshapen(self, state_dict, prefix)
+        refuse({name: how for name, how in shapes.items() if not name.startswith(ADDED)})
 
     def forward(self, images: Tensor) -> tuple:
         """Images (B, C, H, W) to a tuple with (B, embed_dims, h, w), or [that, cls (B, embed_dims)], for each output.

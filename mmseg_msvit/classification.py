@@ -8,7 +8,7 @@ from mmpretrain.registry import HOOKS, METRICS, MODELS
 from torch import Tensor
 
 from .backbone import MSViT
-from .hooks import GateLossHook
+from .hooks import GateLossHook, ViTWeightsHook
 from .metrics import TokenMetric
 from .tokens import TokenMap
 
@@ -40,4 +40,5 @@ class ClassificationMSViT(MSViT):
 
 
 HOOKS.register_module(module=GateLossHook)
+HOOKS.register_module(module=ViTWeightsHook)
 METRICS.register_module(module=TokenMetric)

@@ -9,15 +9,15 @@ import math
 from typing import Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from mmengine.model import BaseModule
 from mmengine.model.weight_init import trunc_normal_
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from .blocks import linear_weights
-from .checkpoint import read_checkpoint, unwrap
+from .checkpoint import misshapen, resample_grid
 from .embedding import patchify
+from .reading import read_checkpoint, tensors_below
 
 # A decided gate's logit: sigmoid(20) is 1 - 2e-9, so that it is beyond any threshold that one would set.
 CERTAIN = 20.0
@@ -127,16 +127,15 @@ class MLPGate(Gate):
         if self.init_cfg is None:
             return
         path, prefix = self.init_cfg['checkpoint'], self.init_cfg.get('prefix', '')
-        tensors = unwrap(read_checkpoint(path))
-        weights = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        weights = tensors_below(read_checkpoint(path), prefix)
         own = self.state_dict()
         if 'pos_embed' in weights and weights['pos_embed'].ndim == 4:
-            weights['pos_embed'] = self._at(weights['pos_embed'], self.grid)
-        wrong = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
+            weights['pos_embed'] = resample_grid(weights['pos_embed'], self.grid)
+        wrong = [f'{name} {shapes}' for name, shapes in misshapen(self, weights).items()]
+        wrong += [f'no {name}' for name in own if name not in weights]
         if wrong:
             raise ValueError(
-                f'gate.init_cfg: wanted the gate below prefix {prefix!r} of {path}, missing or of another '
-                f'shape there: {", ".join(wrong[:4])}'
+                f'gate.init_cfg: wanted the gate below prefix {prefix!r} of {path}, got {"; ".join(wrong[:6])}'
             )
         self.load_state_dict({name: weights[name] for name in own})
 
@@ -155,18 +154,11 @@ class MLPGate(Gate):
     def forward(self, images: Tensor, grid: Tuple[int, int], left: Optional[Tensor] = None) -> Tensor:
         with torch.autocast(images.device.type, enabled=False):
             pixels = self.pixels(images, grid).to(self.embed.weight.dtype)  # (B, hc, wc, C * R * R)
-            x = self.embed(pixels) + self._at(self.pos_embed, grid).permute(0, 2, 3, 1)  # (B, hc, wc, width)
+            x = self.embed(pixels) + resample_grid(self.pos_embed, grid).permute(0, 2, 3, 1)  # (B, hc, wc, width)
             return self.mlp(x).squeeze(-1).float()  # (B, hc, wc)
 
     def macs(self, grid: Tuple[int, int]) -> int:
         return grid[0] * grid[1] * linear_weights(self)
-
-    @staticmethod
-    def _at(position: Tensor, grid: Tuple[int, int]) -> Tensor:
-        """A position embedding (1, width, gh, gw) on another region grid."""
-        if tuple(position.shape[2:]) == tuple(grid):
-            return position
-        return F.interpolate(position, size=tuple(grid), mode='bilinear', align_corners=False)
 
 
 class ForcedGate(Gate):

@@ -6,37 +6,56 @@ import torch
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmseg.registry import HOOKS
 
-from .checkpoint import PATCH_BIAS, fit, unwrap
+from .checkpoint import adapt, fit, misfits, refuse
 from .inspection import find_msvit
+from .reading import find_weights, unwrap
 
 
 @HOOKS.register_module()
-class GateLossHook(Hook):
+class ViTWeightsHook(Hook):
+    """Lets ``load_from`` name a plain ViT of another layout, such as timm's or the official Segmenter's.
+
+    mmengine tells nobody but hooks about a checkpoint before it is loaded. A training with :class:`GateLossHook` has
+    this with it.
+    """
+
+    priority = 'HIGH'  # before EMAHook, which copies what is loaded
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Gives the checkpoint's ViT the names of the model's MSViT; other tensors that the model has stay.
+
+        Raises:
+            ValueError: the checkpoint is not of this architecture.
+        """
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):  # whose names mmengine leaves out
+            model = model.module
+        backbone = find_msvit(model)
+        (name,) = (name for name, module in model.named_modules() if module is backbone)
+        tensors = unwrap(checkpoint)
+        if f'{name}.layers.0.attn.attn.in_proj_weight' in tensors:  # a whole model with a backbone of mmseg's names
+            adapt(backbone, tensors, f'{name}.')
+            refuse(misfits(backbone, tensors, f'{name}.'))
+            if find_weights(checkpoint) is not checkpoint.get('state_dict'):  # where mmengine looks
+                checkpoint['state_dict'] = tensors
+            return
+        fitted, report = fit(backbone, tensors)
+        rest = {key: tensors[key] for key in model.state_dict() if key in tensors and not key.startswith(f'{name}.')}
+        report.unused = [key for key in report.unused if key not in rest]
+        print_log(f'load_from: {report}', logger='current')
+        checkpoint['state_dict'] = {**rest, **{f'{name}.{key}': value for key, value in fitted.items()}}
+
+
+@HOOKS.register_module()
+class GateLossHook(ViTWeightsHook):
     """Adds the gate losses of a model's :class:`MSViT` to its losses.
 
     They appear as ``gate.loss_*``; ``gate.coarse_fraction`` and ``gate.tokens`` (active tokens of an image, a batch's
     mean) are logged beside them. It is a forward hook on the model, there from ``before_train`` to ``after_train``.
-
-    It also lets ``load_from`` name a plain ViT of another layout, such as timm's or the official Segmenter's: mmengine
-    tells nobody but hooks about a checkpoint before it is loaded.
     """
-
-    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        (name,) = (name for name, module in model.named_modules() if module is find_msvit(model))
-        tensors = unwrap(checkpoint)
-        if f'{name}.layers.0.attn.attn.in_proj_weight' in tensors:  # a whole model with a backbone of mmseg's names
-            bias = dict(model.named_parameters()).get(f'{name}.{PATCH_BIAS}')
-            if bias is not None and f'{name}.{PATCH_BIAS}' not in tensors:
-                checkpoint['state_dict'] = {**tensors, f'{name}.{PATCH_BIAS}': torch.zeros_like(bias)}
-            return
-        fitted, report = fit(find_msvit(model), tensors)
-        print_log(f'load_from: {report}', logger='current')
-        rest = {key: tensors[key] for key in model.state_dict() if key in tensors and not key.startswith(f'{name}.')}
-        checkpoint['state_dict'] = {**rest, **{f'{name}.{key}': value for key, value in fitted.items()}}
 
     def before_train(self, runner) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model

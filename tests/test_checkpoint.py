@@ -1,20 +1,26 @@
 """Each source format is made by the library that owns it, and compared by its features, not by its keys."""
 
+import pickle
 import re
+import runpy
 import subprocess
 import sys
+from argparse import Namespace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from urllib.error import HTTPError
 
+import mmengine
 import numpy as np
 import pytest
 import timm
 import torch
 from conftest import ROOT, randomize
-from mmengine.config import Config
-from mmengine.runner import Runner
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import Runner, load_checkpoint
+from mmengine.runner.checkpoint import load_state_dict
 from mmseg.models.backbones import VisionTransformer
 from mmseg.registry import MODELS
 from safetensors.torch import save_file
@@ -22,7 +28,9 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from mmseg_msvit.checkpoint import fit, read_checkpoint, resample_positions, unwrap
+from mmseg_msvit import reading
+from mmseg_msvit.checkpoint import fit, resample_positions
+from mmseg_msvit.reading import read_checkpoint, unwrap
 
 SHAPE = dict(img_size=64, embed_dims=32, num_layers=3, num_heads=2, final_norm=True, norm_cfg=dict(type='LN', eps=1e-6))
 
@@ -111,14 +119,16 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-def test_clip(images, tmp_path):
+@pytest.mark.parametrize('scale', [None, 0.5])
+def test_clip(scale, images, tmp_path):
     """CLIP's own names, which timm turns into its model: both readings have the same features."""
     rename = [
         (r'^cls_token$', 'class_embedding'), (r'^pos_embed$', 'positional_embedding'), (r'^patch_embed\.proj', 'conv1'),
         (r'^norm_pre', 'ln_pre'), (r'^norm', 'ln_post'), (r'^blocks', 'transformer.resblocks'), (r'\.norm', '.ln_'),
         (r'attn\.qkv\.', 'attn.in_proj_'), (r'attn\.proj', 'attn.out_proj'), (r'fc1', 'c_fc'), (r'fc2', 'c_proj'),
+        (r'ls(\d)', r'ls_\1'),
     ]  # fmt: skip
-    source = timm_vit(pre_norm=True, act_layer=QuickGELU)
+    source = timm_vit(pre_norm=True, act_layer=QuickGELU, init_values=scale)
     official = {}
     for name, tensor in source.state_dict().items():
         if name.startswith('head') or name == 'patch_embed.proj.bias':
@@ -129,13 +139,15 @@ def test_clip(images, tmp_path):
     official['visual.positional_embedding'] = official['visual.positional_embedding'][0]
     official['visual.proj'] = torch.zeros(32, 5)
     official['transformer.resblocks.0.attn.in_proj_weight'] = torch.zeros(12, 4)  # the text tower
-    reading = timm_vit(pre_norm=True, act_layer=QuickGELU)
-    reading.load_state_dict(checkpoint_filter_fn(dict(official), reading), strict=False)
+    if scale is None:
+        reading = timm_vit(pre_norm=True, act_layer=QuickGELU)
+        reading.load_state_dict(checkpoint_filter_fn(dict(official), reading), strict=False)
+        torch.testing.assert_close(timm_features(reading, images), timm_features(source, images))
     torch.save(official, tmp_path / 'clip.pth')
     act = dict(type='CLIPQuickGELU')
     MODELS.register_module('CLIPQuickGELU', module=QuickGELU, force=True)
     model = build(tmp_path / 'clip.pth', pre_norm=True, patch_bias=False, act_cfg=act)
-    check(model, timm_features(reading, images), images)
+    check(model, timm_features(source, images), images)
 
 
 def test_augreg(images, tmp_path):
@@ -173,7 +185,8 @@ def test_mmpretrain(whole, images, tmp_path):
     from mmpretrain.models import VisionTransformer as PretrainViT
 
     arch = dict(embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=128)
-    source = PretrainViT(arch=arch, img_size=64, patch_size=16, out_type='featmap', norm_cfg=SHAPE['norm_cfg'])
+    options = dict(norm_cfg=SHAPE['norm_cfg'], layer_scale_init_value=0.5 if whole else 0.0)
+    source = PretrainViT(arch=arch, img_size=64, patch_size=16, out_type='featmap', **options)
     randomize(source)
     source.eval()  # which returns nothing
     weights = source.state_dict()
@@ -210,31 +223,93 @@ def test_mmseg(kind, images, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('how', ['pretrained', 'load_from'])
+HEAD = dict(type='FCNHead', in_channels=32, channels=8, num_classes=5, in_index=0)
+
+
+def segmentor(backbone='MSViT', pretrained=None, **options):
+    fine = dict(gate=dict(type='FixedGate', coarse=False)) if backbone == 'MSViT' else {}
+    backbone = {'type': backbone, **fine, **SHAPE, **options}
+    return ConfigDict(type='EncoderDecoder', pretrained=pretrained, backbone=backbone, decode_head=HEAD)
+
+
+def runner_for(model, tmp_path, hooks=('GateLossHook',)):
+    config = dict(
+        model=model,
+        work_dir=str(tmp_path),
+        default_scope='mmseg',
+        experiment_name=tmp_path.name,
+        custom_hooks=[dict(type=hook) for hook in hooks],
+    )
+    return Runner.from_cfg(Config(config))
+
+
+@pytest.mark.parametrize('how', ['pretrained', 'GateLossHook', 'ViTWeightsHook'])
 def test_other_ways_to_name_a_checkpoint(how, images, tmp_path):
     source = timm_vit()
-    torch.save(source.state_dict(), tmp_path / 'vit.pth')
-    fine = dict(type='FixedGate', coarse=False)
-    config = Config(
-        dict(
-            model=dict(
-                type='EncoderDecoder',
-                pretrained=str(tmp_path / 'vit.pth') if how == 'pretrained' else None,
-                backbone=dict(type='MSViT', gate=fine, **SHAPE),
-                decode_head=dict(type='FCNHead', in_channels=32, channels=8, num_classes=5, in_index=0),
-            ),
-            work_dir=str(tmp_path),
-            default_scope='mmseg',
-            experiment_name=f'weights-{how}',
-            custom_hooks=[dict(type='GateLossHook')],
-        )
-    )
-    runner = Runner.from_cfg(config)
+    path = str(tmp_path / 'vit.pth')
+    torch.save(source.state_dict(), path)
     if how == 'pretrained':
-        runner.model.init_weights()
+        model = MODELS.build(segmentor(pretrained=path))
+        model.init_weights()
     else:
-        runner.load_checkpoint(str(tmp_path / 'vit.pth'))
-    check(runner.model.backbone.eval(), timm_features(source, images), images)
+        runner = runner_for(segmentor(), tmp_path, [how])
+        runner.load_checkpoint(path)
+        model = runner.model
+    check(model.backbone.eval(), timm_features(source, images), images)
+
+
+def test_what_load_from_translates_is_there_for_the_hooks_after_it(images, tmp_path):
+    """EMAHook copies what is in the checkpoint."""
+    source = timm_vit()
+    torch.save(source.state_dict(), tmp_path / 'vit.pth')
+    runner = runner_for(segmentor(), tmp_path, ['EMAHook', 'ViTWeightsHook'])
+    average = runner.hooks[[type(hook).__name__ for hook in runner.hooks].index('EMAHook')]
+    average.before_run(runner)
+    runner.load_checkpoint(str(tmp_path / 'vit.pth'))
+    check(average.ema_model.module.backbone.eval(), timm_features(source, images), images)
+
+
+@pytest.mark.parametrize('wrap', ['module', 'model'])
+@pytest.mark.parametrize('layout', ['MSViT', 'mmpretrain'])
+def test_load_from_keeps_the_head_of_a_whole_model(wrap, layout, images, tmp_path):
+    source = MODELS.build(segmentor())
+    randomize(source)
+    weights = source.state_dict()
+    if layout == 'mmpretrain':
+        weights = {name.replace('attn.attn.in_proj_', 'attn.qkv.'): tensor for name, tensor in weights.items()}
+        weights = {name.replace('attn.attn.', 'attn.').replace('out_proj', 'proj'): t for name, t in weights.items()}
+    if wrap == 'module':
+        weights = {'state_dict': {f'module.{name}': tensor for name, tensor in weights.items()}}
+    else:
+        weights = {'model': weights}
+    torch.save(weights, tmp_path / 'segmentor.pth')
+    runner = runner_for(segmentor(), tmp_path)
+    runner.load_checkpoint(str(tmp_path / 'segmentor.pth'))
+    for name, tensor in runner.model.state_dict().items():
+        assert torch.equal(tensor, source.state_dict()[name]), name
+
+
+@pytest.mark.parametrize('layout', ['MSViT', 'timm'])
+def test_load_from_with_test_time_augmentation_keeps_the_head(layout, images, tmp_path):
+    source = MODELS.build(segmentor())
+    vit = timm_vit()
+    randomize(source)
+    path = str(tmp_path / 'segmentor.pth')
+    torch.save(vit.state_dict() if layout == 'timm' else {'state_dict': source.state_dict()}, path)
+    runner = runner_for(dict(type='SegTTAModel', module=segmentor()), tmp_path)
+    runner.load_checkpoint(path)
+    model = runner.model.module
+    if layout == 'timm':
+        check(model.backbone.eval(), timm_features(vit, images), images)
+    else:
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, source.state_dict()[name]), name
+
+
+def test_load_from_refuses_a_deeper_segmentor(tmp_path):
+    torch.save({'state_dict': MODELS.build(segmentor(num_layers=4)).state_dict()}, tmp_path / 'segmentor.pth')
+    with pytest.raises(ValueError, match='layers.3.ln1.weight finds no place'):
+        runner_for(segmentor(), tmp_path).load_checkpoint(str(tmp_path / 'segmentor.pth'))
 
 
 def test_a_segmentor_trained_on_another_size_is_resampled_when_loaded():
@@ -245,8 +320,66 @@ def test_a_segmentor_trained_on_another_size_is_resampled_when_loaded():
     assert how == '4x4 -> 8x8' and torch.equal(large.pos_embed, table)
 
 
+LEARNED = dict(gate=dict(type='MLPGate'))
+
+
+def learned(img_size):
+    """An MSViT whose tables are smooth, so that a resampled one can be told from a scrambled one."""
+    model = build(img_size=img_size, **LEARNED)
+    with torch.no_grad():
+        for table in (model.pos_embed[:, 1:].unflatten(1, model.table).permute(0, 3, 1, 2), model.gate.pos_embed):
+            rows, columns = (torch.linspace(-1, 1, n + 1)[1:] for n in table.shape[2:])
+            table.copy_((rows[:, None] + 2 * columns).expand_as(table))
+        prior = model.gate_losses[0].prior_mean_logit
+        prior.copy_(torch.randn_like(prior))
+    return model
+
+
+@pytest.mark.parametrize('how', ['load_state_dict', 'init_cfg', 'GateLossHook', 'init_model'])
+@pytest.mark.parametrize('source, target', [(64, 128), ((64, 128), (96, 96)), ((16, 64), (32, 32)), ((48, 80), 64)])
+def test_positions_gate_and_priors_of_another_image_size(how, source, target, tmp_path):
+    source, path = learned(source), str(tmp_path / 'a.pth')
+    torch.save({'state_dict': {f'backbone.{k}': v for k, v in source.state_dict().items()}}, path)
+    if how == 'load_state_dict':
+        model = build(img_size=target, **LEARNED)
+        model.load_state_dict(source.state_dict())
+    elif how == 'init_cfg':
+        model = build(path, img_size=target, **LEARNED)
+    elif how == 'init_model':
+        whole = MODELS.build(segmentor(img_size=target, **LEARNED))
+        load_checkpoint(whole, path)
+        model = whole.backbone
+    else:
+        runner = runner_for(segmentor(img_size=target, **LEARNED), tmp_path)
+        runner.load_checkpoint(path)
+        model = runner.model.backbone
+    grid = model.gate.grid
+    table = VisionTransformer.resize_pos_embed(source.pos_embed, model.table, source.table, 'bicubic')
+    torch.testing.assert_close(model.pos_embed.data, table.data)
+    for name in ('gate.pos_embed', 'gate_losses.0.prior_mean_logit', 'gate_losses.0.prior_log_temperature'):
+        wanted = nn.functional.interpolate(source.state_dict()[name], grid, mode='bilinear')
+        torch.testing.assert_close(model.state_dict()[name], wanted)
+
+
+@pytest.mark.parametrize('source, options', [((64, 128), {}), ((48, 64), LEARNED)])  # 3x4 or 4x3 cells of 2x2 regions
+def test_positions_whose_grid_cannot_be_told_are_refused(source, options):
+    weights = build(img_size=source, **options).state_dict()
+    build(img_size=source, **options).load_state_dict(weights)
+    with pytest.raises(
+        ValueError, match=r'wanted pos_embed of a square grid or of \(6, 6\).*got \d+ pos.*Set the .*img_size'
+    ):
+        build(img_size=96, **options).load_state_dict(weights)
+
+
+def test_a_misshapen_tensor_is_refused_by_mmengine_too():
+    weights = build(in_channels=4).state_dict()
+    with pytest.raises(ValueError, match=r'patch_embed.projection.weight \(32, 4, 16, 16\), wanted \(32, 3, 16, 16\)'):
+        load_state_dict(build(), weights)
+
+
 @pytest.mark.parametrize('shape, table, how', [
     (17, (4, 4), None), (17, (2, 8), None), (16, (4, 4), 'without cls'), (26, (3, 7), '5x5 -> 3x7'),
+    (10, (2, 5), '3x3 -> 2x5'), (18, (2, 8), '2x8 -> 2x8, 2 extra positions'),
     (25, (4, 4), '5x5 -> 4x4, 0 extra positions'), (27, (4, 4), '5x5 -> 4x4, 2 extra positions'),
 ])  # fmt: skip
 def test_positions_by_grid(shape, table, how):
@@ -267,10 +400,25 @@ def test_report_says_what_became_of_each_tensor(tmp_path):
         assert words in str(report)
 
 
+@pytest.mark.parametrize('names', [('ls1.gamma', 'ls2.gamma'), ('gamma_1', 'gamma_2')])
+def test_layer_scale_is_folded(names, images, tmp_path):
+    source = timm_vit(init_values=0.5)
+    weights = source.state_dict()
+    for i in range(3):
+        for ours, theirs in zip(('ls1.gamma', 'ls2.gamma'), names):
+            weights[f'blocks.{i}.{theirs}'] = weights.pop(f'blocks.{i}.{ours}')
+    torch.save(weights, tmp_path / 'vit.pth')
+    check(build(tmp_path / 'vit.pth'), timm_features(source, images), images)
+    _, report = fit(build(), weights)
+    assert set(report.unused) == {'head.weight', 'head.bias'}
+    assert '6 layer scales are folded into attn.out_proj and ffn.layers.1' in str(report)
+
+
 @pytest.mark.parametrize('make, message', [
     (lambda path: torch.save(TimmViT(embed_dim=48, depth=3, num_heads=2).state_dict(), path),
-     'wanted at least 90% of the backbone, got 0%'),
-    (lambda path: torch.save(TimmViT(embed_dim=32, depth=1, num_heads=2).state_dict(), path), 'got 43% of its tensors'),
+     r'at least 90% of the backbone, got 0% .*ln1.weight \(48,\), wanted \(32,\).* more\. Set patch_size.*embed_dims'),
+    (lambda path: torch.save(TimmViT(embed_dim=32, depth=1, num_heads=2).state_dict(), path),
+     'got 43% of its tensors .*layers.1.ln1.weight is missing.*num_layers'),
     (lambda path: torch.save({'fc.weight': torch.zeros(2)}, path), r"wanted a ViT in the layout of .* got 1 tensors"),
     (lambda path: path.write_bytes(b'PK\x03\x04 not a checkpoint'), 'wanted a whole checkpoint, got .*cannot be read'),
 ])  # fmt: skip
@@ -278,6 +426,56 @@ def test_what_does_not_fit_is_refused(make, message, tmp_path):
     make(tmp_path / 'bad.pth')
     with pytest.raises(ValueError, match=message):
         build(tmp_path / 'bad.pth')
+
+
+PLAIN = dict(img_size=64, patch_size=16, embed_dim=32, depth=3, num_heads=2)
+
+
+def weights_of(model='vit_tiny_patch16_224', without=(), **options):
+    weights = timm.create_model(model, **{**PLAIN, **options}).state_dict()
+    return {name: tensor for name, tensor in weights.items() if not name.startswith(without)}
+
+
+@pytest.mark.parametrize('weights, ours, message', [
+    (dict(patch_size=8, img_size=32), {}, r'\(32, 3, 8, 8\), wanted \(32, 3, 16, 16\).*patch_size.*another shape +1'),
+    (dict(), dict(in_channels=4), r'\(32, 3, 16, 16\), wanted \(32, 4, 16, 16\).*in_channels'),
+    (dict(model='beit_base_patch16_224'), {}, 'layers.0.attn.q_bias finds no place.*relative'),
+    (dict(qk_norm=True), {}, r'layers.0.attn.q_norm.weight finds no place.*norms of q and k'),
+    (dict(mlp_layer=timm.layers.GluMlp), {}, r'layers.0.ffn.layers.1.weight \(32, 64\), wanted \(32, 128\)'),
+    (dict(mlp_layer=timm.layers.SwiGLU), {}, r'layers.0.mlp.fc1_g.weight finds no place.*gated FFN'),
+    (dict(depth=4), {}, r'layers.3.norm1|layers.3.ln1.weight finds no place.*num_layers'),
+    (dict(without='blocks.11.'), dict(num_layers=12, depth=12), r'layers.11.ln1.weight is missing.*num_layers'),
+    (dict(without='pos_embed'), {}, 'pos_embed is missing'),
+    (dict(pre_norm=True), {}, 'ln_pre.weight finds no place.*pre_norm'),
+    (dict(), dict(pre_norm=True), 'ln_pre.weight is missing.*pre_norm'),
+    (dict(), dict(patch_bias=False), 'patch_embed.projection.bias finds no place.*patch_bias'),
+    (dict(), dict(qkv_bias=False), 'in_proj_bias finds no place.*qkv_bias'),
+])  # fmt: skip
+def test_a_vit_of_another_kind_is_refused_by_its_tensors(weights, ours, message):
+    depth = ours.pop('depth', 3)
+    with pytest.raises(ValueError, match=f'(?s){message}'):
+        fit(build(**ours), weights_of(**{'depth': depth, **weights}))
+
+
+def test_a_final_norm_without_place_is_not_used():
+    _, report = fit(build(final_norm=False), timm_vit().state_dict())
+    assert {'ln1.weight', 'ln1.bias'} < set(report.unused)
+
+
+@pytest.mark.parametrize('name', ['bad.safetensors', 'bad.npz', 'bad.pth'])
+def test_a_file_that_is_cut_off_is_said_to_be(name, tmp_path):
+    save_file({'a': torch.zeros(99)}, tmp_path / 'a.safetensors')
+    np.savez(tmp_path / 'a.npz', a=np.zeros(99))
+    torch.save({'a': torch.zeros(99)}, tmp_path / 'a.pth')
+    whole = (tmp_path / name.replace('bad', 'a')).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=f'wanted a whole checkpoint, got .*{name}, which cannot be read'):
+        read_checkpoint(tmp_path / name)
+
+
+def test_a_scheme_that_nobody_knows_is_no_file():
+    with pytest.raises(FileNotFoundError):
+        read_checkpoint('nowhere://vit.npz')
 
 
 def test_missing_file():
@@ -298,8 +496,6 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, capsys):
 
 
 def test_what_mmengine_puts_beside_the_weights_is_read_as_empty_shells(tmp_path):
-    from mmengine.logging import HistoryBuffer
-
     buffer = HistoryBuffer([1.0, 2.0], [1, 1])
     torch.save(
         {'state_dict': {'a': torch.ones(2)}, 'message_hub': {'loss': buffer, 'x': np.float64(3)}}, tmp_path / 'a.pth'
@@ -308,7 +504,7 @@ def test_what_mmengine_puts_beside_the_weights_is_read_as_empty_shells(tmp_path)
 
 
 def test_converter_writes_what_mmsegs_own_vit_loads(images, tmp_path):
-    source = timm_vit()
+    source = timm_vit(init_values=0.5)  # layer scale, which mmseg's has none of
     torch.save(source.state_dict(), tmp_path / 'timm.pth')
     tool = [sys.executable, '-W', 'ignore', ROOT / 'tools/convert_vit.py']
     done = subprocess.run([*tool, tmp_path / 'timm.pth', tmp_path / 'mmseg.pth'], capture_output=True, text=True)
@@ -319,46 +515,158 @@ def test_converter_writes_what_mmsegs_own_vit_loads(images, tmp_path):
     check(dense, timm_features(source, images), images)
 
 
-@pytest.mark.parametrize('how', ['init_cfg', 'load_from'])
+@pytest.mark.parametrize('how', ['init_cfg', 'load_from', 'init_model', 'module'])
 def test_a_dense_segmentor_without_patch_bias_is_not_given_a_random_one(how, images, tmp_path):
     """mmseg's own ViTs have none; here it is zero, so that features are theirs."""
-    head = dict(type='FCNHead', in_channels=32, channels=8, num_classes=5, in_index=0)
-    dense = dict(type='VisionTransformer', **SHAPE)
-    source = MODELS.build(dict(type='EncoderDecoder', backbone=dense, decode_head=head))
+    source = MODELS.build(segmentor('VisionTransformer'))
     randomize(source)
-    torch.save({'state_dict': source.state_dict()}, tmp_path / 'dense.pth')
+    path = str(tmp_path / 'dense.pth')
+    prefix = 'module.' if how == 'module' else ''
+    torch.save({'state_dict': {prefix + name: tensor for name, tensor in source.state_dict().items()}}, path)
     source.backbone.eval()
     if how == 'init_cfg':
-        backbone = build(tmp_path / 'dense.pth')
+        backbone = build(path)
+    elif how == 'init_model':
+        model = MODELS.build(segmentor())
+        load_checkpoint(model, path)
+        backbone = model.backbone.eval()
     else:
-        fine = dict(type='MSViT', gate=dict(type='FixedGate', coarse=False), **SHAPE)
-        config = dict(
-            model=dict(type='EncoderDecoder', backbone=fine, decode_head=head),
-            work_dir=str(tmp_path),
-            default_scope='mmseg',
-            experiment_name='no-patch-bias',
-            custom_hooks=[dict(type='GateLossHook')],
-        )
-        runner = Runner.from_cfg(Config(config))
-        runner.load_checkpoint(str(tmp_path / 'dense.pth'))
+        runner = runner_for(segmentor(), tmp_path)
+        runner.load_checkpoint(path)
         backbone = runner.model.backbone.eval()
+        assert torch.equal(runner.model.decode_head.conv_seg.weight, source.decode_head.conv_seg.weight)
     with torch.no_grad():
         for a, b in zip(backbone(images), source.backbone(images)):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_an_address_is_downloaded_once_and_read_as_a_file(images, tmp_path, monkeypatch):
+def test_part_of_a_state_dict_leaves_the_patch_bias_alone():
+    model = build()
+    randomize(model)
+    before = model.patch_embed.projection.bias.clone()
+    model.load_state_dict({'cls_token': torch.ones(1, 1, 32)}, strict=False)
+    assert before.abs().sum() > 0 and torch.equal(model.patch_embed.projection.bias, before)
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder and its address; files are kept in a cache of the test's own."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
     (tmp_path / 'site').mkdir()
-    source = timm_vit()
-    save_file(source.state_dict(), tmp_path / 'site/vit.safetensors')
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / 'site'))
     with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        address = f'http://127.0.0.1:{server.server_port}/vit.safetensors'
-        check(build(address), timm_features(source, images), images)
-        with pytest.raises(HTTPError):
-            read_checkpoint(address.replace('vit', 'none'))
+        yield tmp_path / 'site', f'http://127.0.0.1:{server.server_port}'
         server.shutdown()
-    assert [p.name for p in (tmp_path / 'cache/hub/checkpoints').iterdir()] == ['vit.safetensors']
-    read_checkpoint(address)  # without the server
+
+
+def test_an_address_is_downloaded_once_and_read_as_a_file(site, images):
+    folder, address = site
+    source = timm_vit()
+    save_file(source.state_dict(), folder / 'vit.safetensors')
+    check(build(f'{address}/vit.safetensors'), timm_features(source, images), images)
+    with pytest.raises(HTTPError):
+        read_checkpoint(f'{address}/none.safetensors')
+    (folder / 'vit.safetensors').unlink()
+    read_checkpoint(f'{address}/vit.safetensors')
+
+
+def test_addresses_with_one_file_name_are_kept_apart(site):
+    folder, address = site
+    for name in 'ab':
+        (folder / name).mkdir()
+        save_file({name: torch.ones(1)}, folder / name / 'model.safetensors')
+    for name in 'ab':
+        assert set(read_checkpoint(f'{address}/{name}/model.safetensors')) == {name}
+
+
+@pytest.mark.parametrize('file', ['vit.safetensors', 'http', 'vit.npz'])
+def test_load_from_takes_arrays(file, site, images, tmp_path):
+    folder, address = site
+    source = timm_vit()
+    if file == 'vit.npz':
+        np.savez(folder / file, **{name: tensor.numpy() for name, tensor in source.state_dict().items()})
+    else:
+        save_file(source.state_dict(), folder / 'vit.safetensors')
+    runner = runner_for(segmentor(), tmp_path)
+    runner.load_checkpoint(f'{address}/vit.safetensors?download=true' if file == 'http' else str(folder / file))
+    check(runner.model.backbone.eval(), timm_features(source, images), images)
+
+
+def named(prefix, model):
+    return {f'{prefix}{name}': tensor for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize('kind', ['flat', 'nested', 'beside'])
+@pytest.mark.parametrize('asked', ['student', 'teacher'])
+def test_prefix_chooses_among_several_vits(kind, asked, images, tmp_path):
+    models = {name: timm_vit() for name in ('student', 'teacher')}
+    if kind == 'nested':
+        weights = {name: named('backbone.', model) for name, model in models.items()}
+    else:
+        weights = {k: v for name, model in models.items() for k, v in named(f'{name}.backbone.', model).items()}
+        weights = {'state_dict': weights} if kind == 'beside' else weights
+    torch.save(weights, tmp_path / 'vit.pth')
+    init = dict(type='Pretrained', checkpoint=tmp_path / 'vit.pth', prefix=f'{asked}.backbone')
+    check(build(init_cfg=init), timm_features(models[asked], images), images)
+    check(
+        build(tmp_path / 'vit.pth'), timm_features(models['teacher'], images), images
+    )  # the average, if none is asked
+    with pytest.raises(ValueError, match=r"wanted tensors below prefix 'other\.', got \d+ that begin with .*teacher"):
+        build(init_cfg={**init, 'prefix': 'other'})
+
+
+def test_several_vits_without_an_average_are_refused():
+    weights = {**named('online.', timm_vit()), **named('target.', timm_vit())}
+    with pytest.raises(
+        ValueError, match=r"wanted one ViT, got 2, whose names begin with \['online.', 'target.'\].*prefix="
+    ):
+        fit(build(), weights)
+
+
+@pytest.mark.parametrize('name', ['model_ema', 'state_dict_ema', 'ema', 'teacher'])
+def test_averaged_weights_are_preferred(name):
+    checkpoint = {'model': {'a': torch.zeros(1)}, 'state_dict': {'a': torch.zeros(1)}, name: {'a': torch.ones(1)}}
+    assert unwrap(checkpoint) == {'a': torch.ones(1)} and unwrap({**checkpoint, name: None}) == {'a': torch.zeros(1)}
+
+
+def test_a_path_is_as_good_as_its_name(tmp_path):
+    weights = build(**LEARNED).state_dict()
+    torch.save({f'backbone.{name}': tensor for name, tensor in weights.items()}, tmp_path / 'a.pth')
+    init = dict(type='Pretrained', checkpoint=tmp_path / 'a.pth')
+    gate = dict(type='MLPGate', init_cfg=dict(prefix='backbone.gate.', **init))
+    model = build(init_cfg=init, gate=gate)
+    assert torch.equal(model.cls_token, weights['cls_token'])
+    assert torch.equal(model.gate.embed.weight, weights['gate.embed.weight'])
+    assert torch.equal(build(pretrained=tmp_path / 'a.pth').cls_token, weights['cls_token'])
+
+
+def test_arguments_beside_the_weights_are_read_as_an_empty_shell(tmp_path):
+    arguments = Namespace(lr=0.1, out=tmp_path, more=Namespace(a=[1]))
+    torch.save({'model': {'a': torch.ones(2)}, 'args': arguments}, tmp_path / 'a.pth')
+    checkpoint = read_checkpoint(tmp_path / 'a.pth')
+    assert torch.equal(unwrap(checkpoint)['a'], torch.ones(2)) and not isinstance(checkpoint['args'], Namespace)
+
+
+class Reaching:
+    def __reduce__(self):
+        return getattr, (np.ndarray, 'tofile')
+
+
+def test_mmengine_0_10_loads_training_checkpoints(tmp_path, monkeypatch):
+    """It leaves ``weights_only`` to torch, which refuses mmengine's log unless the package has allowed it."""
+    hub = dict(loss=HistoryBuffer([1.0, 2.0], [1, 1]), number=np.float64(3))
+    torch.save({'state_dict': {}, 'message_hub': hub}, tmp_path / 'a.pth')
+    torch.save(Reaching(), tmp_path / 'b.pth')
+    monkeypatch.setattr(mmengine, '__version__', '0.10.7')
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        runpy.run_path(reading.__file__, run_name=reading.__name__)
+        hub = torch.load(tmp_path / 'a.pth', weights_only=True)['message_hub']
+        assert hub['loss'].statistics('mean') == 1.5 and hub['number'] == 3
+        with pytest.raises(pickle.UnpicklingError, match='wanted a statistic of HistoryBuffer, got tofile'):
+            torch.load(tmp_path / 'b.pth', weights_only=True)
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)

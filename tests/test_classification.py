@@ -171,7 +171,8 @@ def test_the_whole_classifier_is_a_segmentors_pretrained_backbone(classifier, re
         torch.testing.assert_close(cls, classify.backbone.eval()(images)[0])
 
 
-def test_load_from_takes_an_mmpretrain_classifier_with_its_head(registry, tmp_path):
+@pytest.mark.parametrize('hook', ['GateLossHook', 'ViTWeightsHook'])
+def test_load_from_takes_an_mmpretrain_classifier_with_its_head(hook, registry, tmp_path):
     from mmengine.runner import Runner
     from mmpretrain.models import ImageClassifier, VisionTransformer
 
@@ -188,8 +189,8 @@ def test_load_from_takes_an_mmpretrain_classifier_with_its_head(registry, tmp_pa
                 model=dict(type='ImageClassifier', backbone=backbone, head=head),
                 work_dir=str(tmp_path),
                 default_scope='mmpretrain',
-                experiment_name='load-from-mmpretrain',
-                custom_hooks=[dict(type='GateLossHook')],
+                experiment_name=f'load-from-mmpretrain-{hook}',
+                custom_hooks=[dict(type=hook)],
             )
         )
     )

@@ -77,10 +77,12 @@ def test_region_grid_beyond_the_image():
         build('MLPGate')(images(), (5, 4))
 
 
-def test_frozen_gate_from_a_segmentors_checkpoint(tmp_path):
+@pytest.mark.parametrize('wrapper', ['', 'module.'])
+def test_frozen_gate_from_a_segmentors_checkpoint(wrapper, tmp_path):
     """The gate of a segmentor trained at 64 px, in a backbone for 128 px."""
     learned = build_msvit(gate=dict(type='MLPGate'))
-    torch.save({'state_dict': {f'backbone.{k}': v for k, v in learned.state_dict().items()}}, tmp_path / 'a.pth')
+    weights = {f'{wrapper}backbone.{k}': v for k, v in learned.state_dict().items()}
+    torch.save({'state_dict': weights}, tmp_path / 'a.pth')
     source = dict(type='Pretrained', checkpoint=str(tmp_path / 'a.pth'), prefix='backbone.gate.')
     gate = dict(type='MLPGate', frozen=True, init_cfg=source)
     model = MODELS.build(dict(type='MSViT', gate=gate, **SMALL))
@@ -99,5 +101,7 @@ def test_frozen_gate_from_a_segmentors_checkpoint(tmp_path):
 def test_a_checkpoint_without_the_gate_is_refused(tmp_path):
     torch.save({'backbone.gate.embed.weight': torch.zeros(2, 2)}, tmp_path / 'a.pth')
     source = dict(type='Pretrained', checkpoint=str(tmp_path / 'a.pth'), prefix='backbone.gate.')
-    with pytest.raises(ValueError, match="gate.init_cfg: wanted the gate below prefix 'backbone.gate.' .* pos_embed"):
+    with pytest.raises(
+        ValueError, match=r"wanted the gate below prefix 'backbone.gate.' .*embed.weight \(2, 2\), wanted \(16, 192\)"
+    ):
         build('MLPGate', init_cfg=source).init_weights()

@@ -73,7 +73,7 @@ import mmseg_msvit
 from mmseg.registry import HOOKS, MODELS
 names = 'MSViT MLPGate FixedGate RandomGate VarianceGate GeneralizedBatchShapingLoss BatchShapingLoss ' \\
         'TokenBudgetLoss PurityLoss'
-assert all(MODELS.get(name) for name in names.split()) and HOOKS.get('GateLossHook')
+assert all(MODELS.get(name) for name in names.split()) and HOOKS.get('GateLossHook') and HOOKS.get('ViTWeightsHook')
 optional = {'mmpretrain', 'timm', 'matplotlib.pyplot', 'tensorboard', 'flash_attn', 'safetensors'}
 print(sorted(optional & (set(sys.modules) - before)))
 """

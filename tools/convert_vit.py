@@ -3,7 +3,8 @@
     python tools/convert_vit.py SRC DST
 
 SRC may be of timm, DeiT, DINO, MAE, CLIP's image tower, the official Segmenter, mmpretrain, mmseg (.pth, .safetensors)
-or AugReg (.npz). MSViT reads all of these itself; this is for mmseg's own ViT, and for looking at a checkpoint.
+or AugReg (.npz). Layer scale is folded into the projections before it. MSViT reads all of these itself; this is for
+mmseg's own ViT, and for looking at a checkpoint.
 """
 
 import argparse
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from mmseg_msvit.checkpoint import read_checkpoint, rename, unwrap
+from mmseg_msvit.layouts import fold_layer_scale, rename
+from mmseg_msvit.reading import read_checkpoint, unwrap
 
 
 def main() -> None:
@@ -21,6 +23,7 @@ def main() -> None:
     parser.add_argument('dst', type=Path)
     args = parser.parse_args()
     layout, tensors, others = rename(unwrap(read_checkpoint(args.src)))
+    fold_layer_scale(tensors)  # mmseg's ViT has none
     unfinished = args.dst.with_name(args.dst.name + '.unfinished')
     torch.save(tensors, unfinished)
     os.replace(unfinished, args.dst)
