@@ -173,7 +173,11 @@ def adapt(backbone: nn.Module, tensors: Dict[str, Tensor], prefix: str = '') -> 
             done['pos_embed'] = how
     for name, own in backbone.named_parameters():
         source = tensors.get(prefix + name)
-        if source is None or source.ndim != 4 or not re.fullmatch(r'(gate|coarser_gates\.\d+)\.pos_embed|gate_losses\.\d+\.prior_\w+', name):
+        if (
+            source is None
+            or source.ndim != 4
+            or not re.fullmatch(r'(gate|coarser_gates\.\d+)\.pos_embed|gate_losses\.\d+\.prior_\w+', name)
+        ):
             continue
         if source.shape[2:] != own.shape[2:]:
             tensors[prefix + name] = resample_grid(source.float(), own.shape[2:])
