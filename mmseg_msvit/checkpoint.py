@@ -241,9 +241,9 @@ def fit(backbone: nn.Module, tensors: Dict[str, Tensor]) -> Tuple[Dict[str, Tens
     layout, renamed, others = rename(tensors)
     report = Report(layout, unused=others)
     target = backbone.state_dict()
-    folded = 0 if any('.gamma1.' in name for name in target) else fold_layer_scale(renamed)
+    folded = 0 if 'layers.0.gamma_1' in target else fold_layer_scale(renamed)
     if folded:
-        report.resized[f'{folded} layer scales'] = 'are folded into attn.out_proj and ffn.layers.1'
+        report.resized[f'{folded} layer scales'] = 'are folded into the projections before them'
     report.resized.update(adapt(backbone, renamed))
     report.misshapen = misshapen(backbone, renamed)
     fitted = {}
