@@ -9,6 +9,8 @@ from typing import Dict, List, NamedTuple, Tuple
 import torch
 from torch import Tensor
 
+# timm's and transformers' name for what BEiT's blocks may share.
+SHARED_TABLE = r'(rel_pos_bias|encoder\.relative_position_bias|relative_position_bias)\.relative_position_bias_table'
 # Averaged weights, which those who made a file evaluate, are preferred to those beside them.
 AVERAGED = ('state_dict_ema', 'model_ema', 'ema', 'teacher')
 
@@ -31,6 +33,8 @@ MMPRETRAIN: Patterns = (
     (r'^pre_norm\.', 'ln_pre.'),
     (r'^(layers\.\d+\.)?norm(\d)\.', r'\1ln\2.'),
     (r'\.attn\.qkv\.', '.attn.attn.in_proj_'),
+    (r'\.attn\.q_bias$', '.attn.attn.in_proj_bias[0]'),
+    (r'\.attn\.v_bias$', '.attn.attn.in_proj_bias[2]'),
     (r'\.attn\.proj\.', '.attn.attn.out_proj.'),
     (r'\.(attn|ffn)\.gamma(\d)\.weight$', r'.gamma_\2'),
 )
@@ -42,6 +46,8 @@ TIMM: Patterns = (
     (r'^blocks\.', 'layers.'),
     (r'^(layers\.\d+\.)norm(\d)\.', r'\1ln\2.'),
     (r'\.attn\.qkv\.', '.attn.attn.in_proj_'),
+    (r'\.attn\.q_bias$', '.attn.attn.in_proj_bias[0]'),
+    (r'\.attn\.v_bias$', '.attn.attn.in_proj_bias[2]'),
     (r'\.attn\.proj\.', '.attn.attn.out_proj.'),
     (r'\.mlp\.fc1\.', '.ffn.layers.0.0.'),
     (r'\.mlp\.fc2\.', '.ffn.layers.1.'),
@@ -129,6 +135,9 @@ def rename(tensors: Dict[str, Tensor]) -> Tuple[str, Dict[str, Tensor], List[str
         renamed['pos_embed'] = renamed['pos_embed'][None]
     _name_gated(renamed)
     _mask_biases(renamed)
+    _share_relative(renamed)
+    if 'register_tokens' in renamed and not renamed['register_tokens'].numel():
+        del renamed['register_tokens']  # transformers writes them for a model without any
     return layout.name, _join(renamed), others
 
 
@@ -158,6 +167,14 @@ def _mask_biases(tensors: Dict[str, Tensor]) -> None:
         tensors[name] = torch.where(mask != 0, tensors[name], 0)
 
 
+def _share_relative(tensors: Dict[str, Tensor]) -> None:
+    """Gives each block the table of relative positions that all of a BEiT's blocks may share, in place."""
+    for name in [name for name in tensors if re.fullmatch(SHARED_TABLE, name)]:
+        table = tensors.pop(name)
+        for block in {found[0] for found in map(re.compile(r'layers\.\d+\.').match, tensors) if found}:
+            tensors[f'{block}attn.relative_position_bias_table'] = table
+
+
 def _join(tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
     """Joins the pieces of tensors. The bias of the keys may be missing, which then is zero."""
     joined, pieces = {}, {}
@@ -183,8 +200,9 @@ def _choose(tensors: Dict[str, Tensor]) -> Tuple[Layout, str]:
         if name.endswith(layout.block) and name[: -len(layout.block)] + layout.patch in tensors
     ]
     if not found:
+        names = ', '.join(dict.fromkeys(layout.name for layout in LAYOUTS))
         raise ValueError(
-            f'checkpoint: wanted a ViT in the layout of {", ".join(dict.fromkeys(layout.name for layout in LAYOUTS))} or AugReg, got {len(tensors)} tensors '
+            f'checkpoint: wanted a ViT in the layout of {names} or AugReg, got {len(tensors)} tensors '
             f'such as {sorted(tensors)[:4]}'
         )
     averaged = [(layout, prefix) for layout, prefix in found if set(AVERAGED) & set(prefix.split('.'))]
