@@ -25,7 +25,8 @@ from .gate_losses import GateLoss
 from .gates import Gate
 from .positions import rotary, table_positions
 from .reading import read_checkpoint, tensors_below
-from .tokens import Decision, Grid, TokenMap, TokenSelector, raise_not_finite, region_grid
+from .selection import Decision, TokenSelector, raise_not_finite
+from .tokens import Grid, TokenMap, region_grid
 
 COARSE_EMBED = ('resize', 'resize+detail')
 FFN_TYPES = ('mlp', 'swiglu')
