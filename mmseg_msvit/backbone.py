@@ -57,8 +57,8 @@ class MixedScale:
         ValueError: an argument is out of range; the message names it.
     """
 
-    # Called with (backbone, tokens) at each forward pass of any MixedScale in evaluation mode, and held weakly. An
-    # evaluator's metric is built without the model: this is how it sees the tokens.
+    # Called with (backbone, tokens) at each forward pass of any MixedScale in evaluation mode, their begin() where one
+    # is set to that mode; held weakly. An evaluator's metric is built without the model: so it sees the tokens.
     observers: ClassVar[WeakSet] = WeakSet()
 
     # What the library's class may lack.
@@ -325,6 +325,9 @@ class MixedScale:
     def train(self, mode: bool = True) -> 'MixedScale':
         """As the library's ViT, which returns nothing; torch's convention is to return the module."""
         super().train(mode)
+        if not mode:
+            for observer in self.observers:
+                observer.begin()
         return self
 
     def __getstate__(self) -> dict:
