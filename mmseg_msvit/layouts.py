@@ -9,8 +9,6 @@ from typing import Dict, List, NamedTuple, Tuple
 import torch
 from torch import Tensor
 
-# timm's and transformers' name for what BEiT's blocks may share.
-SHARED_TABLE = r'(rel_pos_bias|encoder\.relative_position_bias|relative_position_bias)\.relative_position_bias_table'
 # Averaged weights, which those who made a file evaluate, are preferred to those beside them.
 AVERAGED = ('state_dict_ema', 'model_ema', 'ema', 'teacher')
 
@@ -169,7 +167,8 @@ def _mask_biases(tensors: Dict[str, Tensor]) -> None:
 
 def _share_relative(tensors: Dict[str, Tensor]) -> None:
     """Gives each block the table of relative positions that all of a BEiT's blocks may share, in place."""
-    for name in [name for name in tensors if re.fullmatch(SHARED_TABLE, name)]:
+    shared = [n for n in tensors if n.endswith('relative_position_bias_table') and not n.startswith('layers.')]
+    for name in shared:
         table = tensors.pop(name)
         for block in {found[0] for found in map(re.compile(r'layers\.\d+\.').match, tensors) if found}:
             tensors[f'{block}attn.relative_position_bias_table'] = table

@@ -451,8 +451,9 @@ def weights_of(model='vit_tiny_patch16_224', without=(), **options):
     (dict(without='norm.'), {}, 'ln1.weight is missing.*Set .*final_norm=False\n'),
     (dict(without='cls_token'), {}, 'cls_token is missing.*Set .*with_cls_token=False\n'),
     (dict(), dict(pre_norm=True), 'ln_pre.weight is missing.*Set .*pre_norm\n'),
-    (dict(), dict(patch_bias=False), 'patch_embed.projection.bias finds no place.*Set .*patch_bias\n'),
-    (dict(), dict(qkv_bias=False), 'in_proj_bias finds no place.*Set .*qkv_bias\n'),
+    (dict(), dict(patch_bias=False), 'patch_embed.projection.bias finds no place.*Set .*patch_bias=True\n'),
+    (dict(), dict(qkv_bias=False), 'in_proj_bias finds no place.*Set .*qkv_bias=True\n'),
+    (dict(qkv_bias=False), dict(qkv_bias=False), 'out_proj.bias finds no place.*Set .*qkv_bias=True\n'),
 ])  # fmt: skip
 def test_a_vit_of_another_kind_is_refused_by_its_tensors(weights, ours, message):
     depth = ours.pop('depth', 3)
