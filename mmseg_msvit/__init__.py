@@ -8,7 +8,7 @@ from .gate_losses import (
     PurityLoss,
     TokenBudgetLoss,
 )
-from .gates import FixedGate, MLPGate, RandomGate, VarianceGate
+from .gates import ContextGate, FixedGate, MLPGate, RandomGate, VarianceGate
 from .hooks import GateLossHook, TokenMapHook, ViTWeightsHook
 from .metrics import TokenMetric
 from .optim import MSViTLayerDecayConstructor
@@ -17,6 +17,7 @@ __version__ = '0.1.0'
 
 __all__ = [
     'BatchShapingLoss',
+    'ContextGate',
     'FixedGate',
     'GateLossHook',
     'GeneralizedBatchShapingLoss',
