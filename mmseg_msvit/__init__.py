@@ -2,6 +2,7 @@
 
 from .backbone import MSViT
 from .beit import MSMAE, MSBEiT
+from .doubt import DoubtLoss
 from .gate_losses import (
     BatchShapingLoss,
     GeneralizedBatchShapingLoss,
@@ -18,6 +19,7 @@ __version__ = '0.1.0'
 __all__ = [
     'BatchShapingLoss',
     'ContextGate',
+    'DoubtLoss',
     'FixedGate',
     'GateLossHook',
     'GeneralizedBatchShapingLoss',
