@@ -2,13 +2,14 @@
 
 from .backbone import MSViT
 from .beit import MSMAE, MSBEiT
+from .doubt import DoubtLoss
 from .gate_losses import (
     BatchShapingLoss,
     GeneralizedBatchShapingLoss,
     PurityLoss,
     TokenBudgetLoss,
 )
-from .gates import FixedGate, MLPGate, RandomGate, VarianceGate
+from .gates import ContextGate, FixedGate, MLPGate, RandomGate, VarianceGate
 from .hooks import GateLossHook, TokenMapHook, ViTWeightsHook
 from .metrics import TokenMetric
 from .optim import MSViTLayerDecayConstructor
@@ -17,6 +18,8 @@ __version__ = '0.1.0'
 
 __all__ = [
     'BatchShapingLoss',
+    'ContextGate',
+    'DoubtLoss',
     'FixedGate',
     'GateLossHook',
     'GeneralizedBatchShapingLoss',

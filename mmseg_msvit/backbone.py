@@ -134,7 +134,7 @@ class MixedScale:
         self.register_load_state_dict_pre_hook(MixedScale._adapt_loaded)
         # Between a training forward and its gate losses; pop_gate_losses empties it. It holds a step's forwards while
         # a hook collects them, else the last one.
-        self._gated: List[Tuple[TokenMap, Decision]] = []
+        self._gated: List[Tuple[Tensor, TokenMap, Decision]] = []
         self._collecting = False
 
     def _block(self, layer: nn.Module) -> nn.Module:
@@ -205,12 +205,13 @@ class MixedScale:
             ValueError: the images are not (B, in_channels, H, W), or empty.
             FloatingPointError: a pixel or a gate logit is NaN or infinite.
         """
+        seen = images
         images, tokens, decision = self.tokenize(images)
         if not self.training:
             for observer in self.observers:
                 observer(self, tokens)
         elif decision is not None and any(logits.requires_grad for logits in decision.logits):
-            self._keep_for_losses(tokens, decision)
+            self._keep_for_losses(seen, tokens, decision)
 
         x = self.embed(images, tokens)  # (N, C)
         outputs = [self._output(x, tokens)] if self.out_origin else []
@@ -334,7 +335,7 @@ class MixedScale:
         """For copies and pickles: without what a step has left for its losses, whose graph is this module's alone."""
         return {**self.__dict__, '_gated': [], '_collecting': False}
 
-    def _keep_for_losses(self, tokens: TokenMap, decision: Decision) -> None:
+    def _keep_for_losses(self, images: Tensor, tokens: TokenMap, decision: Decision) -> None:
         if self._gated and not self._collecting:
             if len(self.gate_losses):
                 warnings.warn(
@@ -344,7 +345,7 @@ class MixedScale:
                     stacklevel=3,
                 )
             self._gated.clear()
-        self._gated.append((tokens, decision))
+        self._gated.append((images, tokens, decision))
 
     def collect_gate_losses(self) -> None:
         """From now on until :meth:`pop_gate_losses`, every training forward is kept, for a step may have several."""
@@ -357,25 +358,25 @@ class MixedScale:
             data_samples: what the segmentor got, with the ground truth.
 
         Returns:
-            ``loss_*`` scalars with gradient, means over the forwards, ``coarse_fraction`` and ``tokens``; nothing if
-            the gate does not learn.
+            ``loss_*`` scalars with gradient, means over the forwards; what :meth:`Decision.statistics` gives; and
+            ``tokens`` of an image. Nothing if the gate does not learn.
 
         Raises:
             ValueError: a loss reads labels, and there were several forwards: whose labels they are is not known.
         """
         gated, self._gated, self._collecting = self._gated, [], False
         found: Dict[str, List[Tensor]] = {}
-        for tokens, decision in gated:
+        for images, tokens, decision in gated:
             for loss in self.gate_losses:
                 if loss.reads_labels and len(gated) > 1:
                     raise ValueError(
                         f'{type(loss).__name__} reads data_samples, and the backbone ran {len(gated)} times in this '
                         'step: which images the labels belong to is not known. Use a gate loss without labels'
                     )
-                found.setdefault(loss.loss_name, []).append(loss.of_step(decision, tokens, data_samples))
-            for level, coarse in enumerate(decision.coarse, 1):
-                name = 'coarse_fraction' if level == 1 else f'coarse_fraction_{level}'
-                found.setdefault(name, []).append(coarse.float().mean())
+                value = loss.take_step() * loss.of_step(decision, tokens, data_samples, images)
+                found.setdefault(loss.loss_name, []).append(value)
+            for name, value in decision.statistics().items():
+                found.setdefault(name, []).append(value)
             found.setdefault('tokens', []).append(tokens.active_counts().float().mean())
         return {name: values[0] if len(values) == 1 else torch.stack(values).mean() for name, values in found.items()}
 

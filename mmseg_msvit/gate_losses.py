@@ -5,7 +5,7 @@ Pure functions come first; the registered modules wrap them.
 """
 
 import math
-from typing import Callable, Optional, Sequence, Tuple, Union
+from typing import Callable, ClassVar, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.distributed as dist
@@ -133,31 +133,57 @@ def gather_batch(values: Tensor) -> Tensor:
 
 
 class GateLoss(BaseModule):
-    """Base of the gate losses. The backbone gives the first two arguments, a config the others.
+    """Base of the gate losses. The backbone gives the first two arguments and ``level``, a config the others.
 
     Args:
         grid: (gh, gw), the region grid of the backbone's ``img_size``.
         region: pixels along a region's side.
         loss_weight: factor of this loss in the total.
-        loss_name: its key in the log is ``gate.`` and this name, which must contain "loss" to be counted.
+        loss_name: its key in the log is ``gate.`` and this name, which must contain "loss" to be counted; None for the
+            class's own.
         level: which coarse level's logits it sees, 1 for the finest; from 2 on the name ends with ``_2`` and so on.
+        warmup: training steps over which its factor grows linearly from 0 to ``loss_weight``. They are counted in a
+            buffer, and go on where training is resumed.
     """
 
+    default_name: ClassVar[str]
     # Whether the loss reads the ground truth of data_samples: then it must be known which image each belongs to.
     reads_labels = False
 
-    def __init__(self, grid: Tuple[int, int], region: int, loss_weight: float, loss_name: str, level: int = 1):
+    def __init__(
+        self,
+        grid: Tuple[int, int] = (16, 16),
+        region: int = 32,
+        loss_weight: float = 1.0,
+        loss_name: Optional[str] = None,
+        level: int = 1,
+        warmup: int = 0,
+    ):
         super().__init__()
+        loss_name = self.default_name if loss_name is None else loss_name
         if not loss_name.startswith('loss_'):
             raise ValueError(f"loss_name must start with 'loss_', else it is logged and not trained, got {loss_name!r}")
+        if warmup < 0:
+            raise ValueError(f'warmup must be a number of steps, not negative, got {warmup}')
         self.grid = tuple(grid)
         self.region = region
         self.loss_weight = loss_weight
         self.level = level
         self.loss_name = loss_name if level == 1 else f'{loss_name}_{level}'
+        self.warmup = warmup
+        if warmup:
+            self.register_buffer('steps', torch.zeros(()))  # float, since hooks average it with the weights
 
-    def of_step(self, decision: Decision, tokens: TokenMap, data_samples: Sequence) -> Tensor:
-        """The loss of a training forward. One that sees more than its level's logits overrides this."""
+    def take_step(self) -> Union[float, Tensor]:
+        """The factor of the warm-up in this training step, which is counted."""
+        if not self.warmup:
+            return 1.0
+        factor = (self.steps / self.warmup).clamp(max=1)
+        self.steps += 1
+        return factor
+
+    def of_step(self, decision: Decision, tokens: TokenMap, data_samples: Sequence, images: Tensor) -> Tensor:
+        """The loss of a training forward of images (B, C, H, W). One that sees more than logits overrides this."""
         return self(decision.logits[self.level - 1], data_samples)
 
     def forward(self, logits: Tensor, data_samples: Sequence) -> Tensor:
@@ -184,21 +210,19 @@ class GeneralizedBatchShapingLoss(GateLoss):
         memory_size: how many earlier maps are kept, each on the base grid by nearest neighbours; chosen here.
     """
 
+    default_name = 'loss_gbas'
+
     def __init__(
         self,
-        grid: Tuple[int, int] = (16, 16),
-        region: int = 32,
         target_coarse: float = 0.5,
         spread: float = 0.1,
         temperature: float = 0.3,
         temperature_weight: float = 0.01,
         hyperprior_weight: float = 1.0,
         memory_size: int = 64,
-        loss_weight: float = 1.0,
-        loss_name: str = 'loss_gbas',
-        level: int = 1,
+        **kwargs,
     ):
-        super().__init__(grid, region, loss_weight, loss_name, level)
+        super().__init__(**kwargs)
         if not 0 < target_coarse < 1:
             raise ValueError(f'target_coarse must be in (0, 1), got {target_coarse}')
         if not (spread > 0 and temperature > 0 and memory_size >= 0):
@@ -267,17 +291,15 @@ class BatchShapingLoss(GateLoss):
         b: second parameter.
     """
 
+    default_name = 'loss_bas'
+
     def __init__(
         self,
-        grid: Tuple[int, int] = (16, 16),
-        region: int = 32,
         a: float = 0.6,
         b: float = 0.4,
-        loss_weight: float = 1.0,
-        loss_name: str = 'loss_bas',
-        level: int = 1,
+        **kwargs,
     ):
-        super().__init__(grid, region, loss_weight, loss_name, level)
+        super().__init__(**kwargs)
         if not (a > 0 and b > 0):
             raise ValueError(f'a and b must be positive, got {a} and {b}')
         self.a, self.b = a, b
@@ -295,16 +317,14 @@ class TokenBudgetLoss(GateLoss):
         target_coarse: the wanted share.
     """
 
+    default_name = 'loss_budget'
+
     def __init__(
         self,
-        grid: Tuple[int, int] = (16, 16),
-        region: int = 32,
         target_coarse: float = 0.5,
-        loss_weight: float = 1.0,
-        loss_name: str = 'loss_budget',
-        level: int = 1,
+        **kwargs,
     ):
-        super().__init__(grid, region, loss_weight, loss_name, level)
+        super().__init__(**kwargs)
         if not 0 <= target_coarse <= 1:
             raise ValueError(f'target_coarse must be in [0, 1], got {target_coarse}')
         self.target_coarse = target_coarse
@@ -325,19 +345,16 @@ class PurityLoss(GateLoss):
             have no part in the loss.
     """
 
+    default_name = 'loss_purity'
     reads_labels = True
 
     def __init__(
         self,
-        grid: Tuple[int, int] = (16, 16),
-        region: int = 32,
         purity: float = 0.95,
         ignore_index: int = IGNORE_INDEX,
-        loss_weight: float = 1.0,
-        loss_name: str = 'loss_purity',
-        level: int = 1,
+        **kwargs,
     ):
-        super().__init__(grid, region, loss_weight, loss_name, level)
+        super().__init__(**kwargs)
         if not 0 < purity <= 1:
             raise ValueError(f'purity must be in (0, 1], got {purity}')
         self.purity = purity

@@ -53,8 +53,10 @@ class ViTWeightsHook(Hook):
 class GateLossHook(ViTWeightsHook):
     """Adds the gate losses of a model's :class:`MSViT` to its losses.
 
-    They appear as ``gate.loss_*``; ``gate.coarse_fraction`` and ``gate.tokens`` (active tokens of an image, a batch's
-    mean) are logged beside them. It is a forward hook on the model, there from ``before_train`` to ``after_train``.
+    They appear as ``gate.loss_*``. Logged beside them are ``gate.tokens`` (active tokens of an image, a batch's mean),
+    and ``gate.coarse_fraction``, ``gate.entropy`` and ``gate.conditionality`` of each level, see
+    :meth:`~mmseg_msvit.tokens.Decision.statistics`. It is a forward hook on the model, there from ``before_train`` to
+    ``after_train``.
     """
 
     def before_train(self, runner) -> None:

@@ -9,7 +9,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Callable, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from mmengine.logging import MessageHub
@@ -31,6 +31,24 @@ class Decision:
 
     logits: List[Tensor]
     coarse: List[Tensor]
+
+    @torch.no_grad()
+    def statistics(self) -> Dict[str, Tensor]:
+        """Scalars of each coarse level, from the second on with ``_2`` and so on after their names.
+
+        ``coarse_fraction``, the share of its regions that are coarse; ``entropy`` of the probability of coarse, in bits
+        and on average, 0 where the gate is sure of every region; ``conditionality``, how much images differ: the
+        standard deviation between them of "more likely coarse than fine" at a place, on average; 0 is a static mask.
+        """
+        found = {}
+        for level, (logits, coarse) in enumerate(zip(self.logits, self.coarse), 1):
+            suffix = '' if level == 1 else f'_{level}'
+            m = logits.sigmoid()
+            entropy = (torch.special.entr(m) + torch.special.entr(1 - m)).mean() / math.log(2)
+            conditionality = (logits > 0).float().std(0, correction=0).mean()
+            values = dict(coarse_fraction=coarse.float().mean(), entropy=entropy, conditionality=conditionality)
+            found.update({f'{name}{suffix}': value for name, value in values.items()})
+        return found
 
 
 @lru_cache(maxsize=64)

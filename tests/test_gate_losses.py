@@ -1,3 +1,4 @@
+import copy
 import itertools
 import json
 import math
@@ -6,11 +7,13 @@ import pytest
 import scipy.stats
 import torch
 import torch.distributed as dist
-from conftest import sample
+from conftest import build_msvit, sample
+from mmengine.config import Config
 from mmengine.model import ExponentialMovingAverage, StochasticWeightAverage
 from mmseg.registry import MODELS
 from torch.autograd import gradcheck
 
+from mmseg_msvit.doubt import class_shares, doubt_target, region_doubt
 from mmseg_msvit.gate_losses import (
     batch_shaping_loss,
     beta_cdf,
@@ -18,6 +21,7 @@ from mmseg_msvit.gate_losses import (
     region_purity,
     relaxed_bernoulli_cdf,
 )
+from mmseg_msvit.tokens import Decision
 
 
 def tensor(values):
@@ -246,6 +250,125 @@ def test_purity_loss_without_ground_truth_says_so():
         build('PurityLoss')(torch.zeros(1, 1, 1), [sample(torch.zeros(32, 32))] * 2)
 
 
+@pytest.mark.parametrize('size', [(64, 64), (40, 70), (5, 33)])
+def test_doubt_is_the_entropy_of_the_mean_distribution_over_the_pixels_that_exist(size):
+    logits = 3 * torch.randn(2, 5, *size)
+    doubt, known = region_doubt(class_shares(logits, 32))
+    whole, _ = region_doubt(class_shares(logits, 16), 2)
+    probability = logits.softmax(1)
+    assert known.all() and doubt.shape == (2, -(-size[0] // 32), -(-size[1] // 32))
+    for y, x in itertools.product(*map(range, doubt.shape[1:])):
+        mean = probability[:, :, 32 * y : 32 * y + 32, 32 * x : 32 * x + 32].mean((2, 3))
+        torch.testing.assert_close(doubt[:, y, x], -(mean * mean.log()).sum(1))
+        if 32 * y + 32 <= size[0] and 32 * x + 32 <= size[1]:
+            torch.testing.assert_close(doubt[:, y, x], whole[:, y, x])
+
+
+def test_doubt_of_one_logit_is_that_of_two_classes_and_nothing_is_unknown():
+    logit = 2 * torch.randn(1, 1, 32, 32)
+    both = torch.cat((logit, torch.zeros_like(logit)), 1)
+    torch.testing.assert_close(region_doubt(class_shares(logit, 16)), region_doubt(class_shares(both, 16)))
+    doubt, known = region_doubt(torch.tensor([[[[0.0, 0.5, 1]], [[0, 0.5, 0]]]]))
+    assert doubt[0, 0].tolist() == pytest.approx([0, math.log(2), 0]) and known[0, 0].tolist() == [False, True, True]
+
+
+def test_a_target_keeps_the_order_of_doubts_and_its_logit_moves_as_a_whole():
+    doubt = torch.tensor([0.0, 0.001, 0.01, 0.1, 1])
+    first, second = (doubt_target(doubt, half) for half in (0.1, 0.01))
+    assert first[0] == 1 and first[3] == 0.5 and (first.diff() < 0).all()
+    torch.testing.assert_close(first.logit()[1:] - second.logit()[1:], torch.full((4,), math.log(10)))
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    """A dense segmentor, and the argument that names it."""
+    backbone = dict(type='VisionTransformer', img_size=64, embed_dims=32, num_layers=2, num_heads=2, out_indices=1)
+    head = dict(type='FCNHead', in_channels=32, channels=32, num_convs=0, concat_input=False, num_classes=4, in_index=0)
+    head.update(norm_cfg=dict(type='SyncBN'), loss_decode=dict(type='CrossEntropyLoss'))
+    config = Config(dict(model=dict(type='EncoderDecoder', backbone=backbone, decode_head=head)))
+    model = MODELS.build(config.model)
+    torch.nn.init.normal_(model.decode_head.conv_seg.weight, std=0.5)
+    torch.save(model.state_dict(), tmp_path / 'dense.pth')
+    config.dump(str(tmp_path / 'dense.py'))
+    return model.eval(), dict(config=str(tmp_path / 'dense.py'), checkpoint=str(tmp_path / 'dense.pth'))
+
+
+def test_doubt_loss_teaches_every_level_what_its_teacher_doubts(teacher):
+    model, argument = teacher
+    loss = dict(type='DoubtLoss', teacher=argument, target_coarse=0.7, loss_weight=2.0)
+    pupil = build_msvit(img_size=128, scales=(16, 32, 64), gate_loss=loss, train_tokens='active').train()
+    inline = dict(config=Config.fromfile(argument['config']).to_dict(), checkpoint=argument['checkpoint'])
+    other = MODELS.build(dict(type='DoubtLoss', teacher=inline, target_coarse=0.7, loss_weight=2.0))
+    images = torch.randn(2, 3, 100, 128)
+    pupil(images)
+    decision = pupil._gated[0][2]
+    losses = pupil.pop_gate_losses([])
+    with torch.no_grad():
+        logits = model.encode_decode(images, [dict(img_shape=(100, 128))])
+    for level, region, name in ((0, 32, 'loss_doubt'), (1, 64, 'loss_doubt_2')):
+        doubt, _ = region_doubt(class_shares(logits, region))
+        half = pupil.gate_losses[level].middle
+        target = half / (half + doubt)
+        assert abs((target > 0.5).float().mean() - 0.7) < 0.1
+        bce = torch.nn.functional.binary_cross_entropy_with_logits(decision.logits[level], target)
+        torch.testing.assert_close(losses[name], 2 * bce)
+        losses[name].backward()
+        assert pupil.gates[level].last.weight.grad.abs().sum() > 0
+    torch.testing.assert_close(other.of_step(decision, None, [], images), losses['loss_doubt'])
+
+    one, two = (loss.teacher for loss in pupil.gate_losses)
+    assert one is two and copy.deepcopy(pupil).gate_losses[0].teacher is one
+    assert not any('teacher' in name or 'conv_seg' in name for name, _ in pupil.named_parameters())
+    assert not any('teacher' in name for name in pupil.state_dict())
+    asked = []
+    one.model.backbone.register_forward_hook(lambda *args: asked.append(1))
+    pupil(torch.randn(1, 3, 64, 64))
+    pupil.pop_gate_losses([])
+    assert len(asked) == 1 and len(one.answers) == 1  # those of the images of this test alone
+
+
+def test_a_running_doubt_is_in_the_checkpoint(teacher):
+    loss = MODELS.build(dict(type='DoubtLoss', teacher=teacher[1], momentum=0.5))
+    decision = Decision([torch.zeros(1, 2, 2)], [])
+    halves = []
+    for _ in range(2):
+        loss.of_step(decision, None, [], torch.randn(1, 3, 64, 64))
+        halves.append(loss.state_dict()['middle'].item())
+    assert 0 < halves[0] != halves[1]
+
+
+@pytest.mark.parametrize('kind', ['TokenBudgetLoss', 'GeneralizedBatchShapingLoss'])
+def test_warmup_counts_steps_in_the_checkpoint(kind):
+    def model(warmup):
+        torch.manual_seed(0)
+        return build_msvit(gate_loss=dict(type=kind, warmup=warmup), train_tokens='active').train()
+
+    def step(model):
+        torch.manual_seed(1)
+        model(torch.randn(2, 3, 64, 64))
+        (loss,) = (value for name, value in model.pop_gate_losses([]).items() if name.startswith('loss'))
+        return loss
+
+    plain, warm = model(0), model(4)
+    factors = [(step(warm) / step(plain)).item() for _ in range(3)]
+    resumed = model(4)
+    resumed.load_state_dict(warm.state_dict())
+    averaged = ExponentialMovingAverage(warm, momentum=0.1)
+    averaged.update_parameters(warm)
+    factors += [(step(resumed) / step(plain)).item() for _ in range(3)]
+    assert factors == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1], rel=1e-4)
+    assert averaged.module.gate_losses[0].steps == 3
+
+
+def test_statistics_of_a_decision():
+    logits = [torch.tensor([[[9.0, -9, 0.1]], [[9, 9, -0.1]]]), torch.tensor([[[40.0]], [[-40]]])]
+    found = Decision(logits, [logits[0] > 0, logits[1] > 0]).statistics()
+    assert found['conditionality'].item() == pytest.approx((0 + 0.5 + 0.5) / 3) and found['conditionality_2'] == 0.5
+    assert found['entropy'].item() == pytest.approx(1 / 3, abs=0.01) and found['entropy_2'] < 1e-6
+    assert found['coarse_fraction'].item() == pytest.approx(4 / 6) and found['coarse_fraction_2'] == 0.5
+    assert not any('loss' in name for name in found)
+
+
 @pytest.mark.parametrize(
     'kind, kwargs, message',
     [
@@ -254,6 +377,9 @@ def test_purity_loss_without_ground_truth_says_so():
         ('PurityLoss', dict(purity=0.0), 'purity must be in'),
         ('BatchShapingLoss', dict(a=-1.0), 'a and b must be positive'),
         ('TokenBudgetLoss', dict(target_coarse=2), 'target_coarse must be in'),
+        ('TokenBudgetLoss', dict(warmup=-1), 'warmup must be a number of steps, not negative, got -1'),
+        ('DoubtLoss', dict(teacher=dict(config='a.py')), r'teacher must be dict\(config=..., checkpoint=...\)'),
+        ('DoubtLoss', dict(teacher=dict(config='', checkpoint=''), target_coarse=1), 'target_coarse must be in'),
         ('TokenBudgetLoss', dict(loss_name='budget'), "loss_name must start with 'loss_'"),
     ],
 )

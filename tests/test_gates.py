@@ -2,19 +2,25 @@ import pytest
 import torch
 from conftest import SMALL, build_msvit
 from mmseg.registry import MODELS
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmseg_msvit.flops import dense_macs
 
 SHAPE = dict(in_channels=3, region=8, grid=(4, 4), embed_dims=16)
 
 
+LEARNED = ['MLPGate', 'ContextGate']
+
+
 def build(kind, **kwargs):
-    return MODELS.build(dict(type=kind, **SHAPE, **kwargs))
+    return MODELS.build(dict(type=kind, **{**SHAPE, **kwargs}))
 
 
 def images(b=2, grid=(4, 4)):
     return torch.randn(b, 3, 8 * grid[0], 8 * grid[1])
 
 
-@pytest.mark.parametrize('kind', ['MLPGate', 'FixedGate', 'RandomGate', 'VarianceGate'])
+@pytest.mark.parametrize('kind', ['MLPGate', 'ContextGate', 'FixedGate', 'RandomGate', 'VarianceGate'])
 @pytest.mark.parametrize('grid', [(4, 4), (3, 5), (1, 1)])
 def test_one_interface(kind, grid):
     logits = build(kind)(images(grid=grid), grid)
@@ -22,15 +28,16 @@ def test_one_interface(kind, grid):
 
 
 @pytest.mark.parametrize('init', [0.9, 0.5, 0.01])
-def test_learned_gate_starts_at_init_coarse(init):
-    gate = build('MLPGate', init_coarse=init)
+@pytest.mark.parametrize('kind', LEARNED)
+def test_learned_gate_starts_at_init_coarse(kind, init):
+    gate = build(kind, init_coarse=init)
     torch.testing.assert_close(gate(images(), (4, 4)).sigmoid(), torch.full((2, 4, 4), init))
 
 
 def test_learned_gate_has_four_layers_and_sees_its_own_region_alone():
     gate = build('MLPGate')
     assert sum(isinstance(m, torch.nn.Linear) for m in gate.modules()) == 4
-    torch.nn.init.normal_(gate.mlp[-1].weight)
+    torch.nn.init.normal_(gate.last.weight)
     x = images(1).requires_grad_()
     gate(x, (4, 4))[0, 1, 2].backward()
     seen = torch.zeros(32, 32, dtype=torch.bool)
@@ -38,9 +45,62 @@ def test_learned_gate_has_four_layers_and_sees_its_own_region_alone():
     assert ((x.grad.abs().sum((0, 1)) > 0) == seen).all()
 
 
-def test_learned_gate_is_float32_under_autocast():
-    gate = build('MLPGate')
-    torch.nn.init.normal_(gate.mlp[-1].weight)
+def trained(kind, **kwargs):
+    """A gate that answers each region differently."""
+    gate = build(kind, **kwargs)
+    torch.nn.init.normal_(gate.last.weight)
+    return gate
+
+
+def test_context_gate_sees_several_regions_and_no_further():
+    gate = trained('ContextGate', embed_dims=32)
+    x = images(1, (24, 24)).requires_grad_()
+    gate(x, (24, 24))[0, 12, 12].backward()
+    seen = (x.grad.abs().sum((0, 1)) > 0).unflatten(0, (24, 8)).unflatten(2, (24, 8)).any(3).any(1)  # (24, 24)
+    assert seen[12 - 3 : 12 + 4, 12 - 3 : 12 + 4].all() and not seen[:3].any() and not seen[:, :3].any()
+    assert seen.any(1).sum() >= 15
+
+
+@pytest.mark.parametrize('region', [8, 14, 28, 32, 48])
+@pytest.mark.parametrize('kind', LEARNED)
+def test_macs_are_those_of_the_operators_for_any_region_and_grid(kind, region):
+    gate = trained(kind, region=region)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        logits = gate(torch.randn(1, 3, 3 * region, 5 * region), (3, 5))
+    assert counter.get_total_flops() == 2 * gate.macs((3, 5)) and logits.std() > 0
+
+
+def test_context_gates_of_all_levels_cost_two_percent_of_the_vit():
+    model = MODELS.build(
+        dict(
+            type='MSViT', img_size=512, num_heads=6, embed_dims=384, scales=(16, 32, 64), gate=dict(type='ContextGate')
+        )
+    )
+    finest, coarser = (gate.macs(grid) for gate, grid in zip(model.gates, ((16, 16), (8, 8))))
+    assert 4 * coarser == finest and finest + coarser < 0.02 * sum(dense_macs(model, (32, 32)).values())
+
+
+@pytest.mark.parametrize('kind', LEARNED)
+def test_an_images_answer_does_not_depend_on_its_batch(kind):
+    gate = trained(kind)
+    x = images(8, (3, 5))
+    torch.testing.assert_close(torch.cat([gate(x[i : i + 1], (3, 5)) for i in range(8)]), gate(x, (3, 5)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('size', [(64, 64), (70, 90), (33, 130)])
+def test_a_levels_answer_does_not_depend_on_the_padding_that_coarser_levels_bring(size):
+    x, answers, weights = torch.randn(2, 3, *size), [], trained('ContextGate', region=32, embed_dims=32).state_dict()
+    for scales in ((16, 32), (16, 32, 128)):
+        model = build_msvit(gate=dict(type='ContextGate'), scales=scales)
+        model.gate.load_state_dict(weights)
+        answers.append(model.tokenize(x)[2].logits[0])
+    assert answers[0].std() > 0 and torch.equal(*answers)
+
+
+@pytest.mark.parametrize('kind', LEARNED)
+def test_learned_gate_is_float32_under_autocast(kind):
+    gate = trained(kind)
     x = images()
     with torch.autocast('cpu', dtype=torch.bfloat16):
         mixed = gate(x.bfloat16().float(), (4, 4))
@@ -63,6 +123,7 @@ def test_fixed_random_and_variance_gates_decide_as_they_say():
     'kind, kwargs, message',
     [
         ('MLPGate', dict(init_coarse=0.999), r'init_coarse must be in \[0.0067, 0.9933\], got 0.999'),
+        ('ContextGate', dict(init_coarse=0.0), r'init_coarse must be in \[0.0067, 0.9933\], got 0.0'),
         ('RandomGate', dict(coarse_ratio=1.2), r'coarse_ratio must be in \[0, 1\], got 1.2'),
         ('VarianceGate', dict(coarse_ratio=-1), r'coarse_ratio must be in \[0, 1\], got -1'),
     ],
@@ -72,19 +133,22 @@ def test_bad_arguments(kind, kwargs, message):
         build(kind, **kwargs)
 
 
-def test_region_grid_beyond_the_image():
+@pytest.mark.parametrize('kind', ['MLPGate', 'ContextGate', 'VarianceGate'])
+def test_region_grid_beyond_the_image(kind):
     with pytest.raises(ValueError, match=r'grid \(5, 4\) of 8-pixel regions wants images of .* got \(3, 32, 32\)'):
-        build('MLPGate')(images(), (5, 4))
+        build(kind)(images(), (5, 4))
 
 
+@pytest.mark.parametrize('kind', LEARNED)
 @pytest.mark.parametrize('wrapper', ['', 'module.'])
-def test_frozen_gate_from_a_segmentors_checkpoint(wrapper, tmp_path):
+def test_frozen_gate_from_a_segmentors_checkpoint(kind, wrapper, tmp_path):
     """The gate of a segmentor trained at 64 px, in a backbone for 128 px."""
-    learned = build_msvit(gate=dict(type='MLPGate'))
+    torch.manual_seed(1)
+    learned = build_msvit(gate=dict(type=kind))
     weights = {f'{wrapper}backbone.{k}': v for k, v in learned.state_dict().items()}
     torch.save({'state_dict': weights}, tmp_path / 'a.pth')
     source = dict(type='Pretrained', checkpoint=str(tmp_path / 'a.pth'), prefix='backbone.gate.')
-    gate = dict(type='MLPGate', frozen=True, init_cfg=source)
+    gate = dict(type=kind, frozen=True, init_cfg=source)
     model = MODELS.build(dict(type='MSViT', gate=gate, **SMALL))
     model.init_weights()
     x = torch.randn(2, 3, 64, 64)
@@ -92,10 +156,9 @@ def test_frozen_gate_from_a_segmentors_checkpoint(wrapper, tmp_path):
     assert not model.gate_learns and len(model.gate_losses) == 0
     larger = MODELS.build(dict(type='MSViT', gate=gate, **{**SMALL, 'img_size': 128}))
     larger.init_weights()
-    assert torch.equal(larger.gate.embed.weight, learned.gate.embed.weight) and larger.gate.pos_embed.shape[2:] == (
-        4,
-        4,
-    )
+    own = larger.gate.state_dict()
+    assert all(torch.equal(own[k], v) for k, v in learned.gate.state_dict().items() if k != 'pos_embed')
+    assert kind != 'MLPGate' or larger.gate.pos_embed.shape[2:] == (4, 4)
 
 
 def test_a_checkpoint_without_the_gate_is_refused(tmp_path):

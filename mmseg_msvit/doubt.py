@@ -1,0 +1,161 @@
+"""How sure a dense segmentor is of each region: what a gate can be taught without labels.
+
+A region is worth its fine tokens where it is mixed in the eyes of the dense model. Its *doubt* is the entropy of the
+model's class distribution after averaging that over the region: about 0 where all is one class, log(2) where the region
+is half and half, or where the model cannot decide between two classes.
+"""
+
+from typing import ClassVar, MutableMapping, Optional, Sequence, Tuple, Union
+from weakref import WeakValueDictionary
+
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.runner import load_checkpoint
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .gate_losses import GateLoss, gather_batch
+from .tokens import Decision, TokenMap
+
+# Nats: where most regions have no doubt at all, as in labels, it is the least that counts as some.
+LEAST_DOUBT = 1e-3
+
+
+def class_shares(logits: Tensor, pixels: int) -> Tensor:
+    """The mean class distribution of squares of pixels, at the lower and right edge of the pixels that exist.
+
+    Args:
+        logits: (B, K, H, W), of K exclusive classes; of K = 1 the logit of one against the other.
+        pixels: along a square's side.
+
+    Returns:
+        (B, K, ceil(H / pixels), ceil(W / pixels)) float32, 2 classes of K = 1.
+    """
+    shares = []
+    for image in logits.split(1):  # distributions of many classes at full size are large
+        image = image.float()
+        both = (image.sigmoid(), (-image).sigmoid())
+        shares.append(
+            F.avg_pool2d(image.softmax(1) if image.shape[1] > 1 else torch.cat(both, 1), pixels, ceil_mode=True)
+        )
+    return torch.cat(shares)
+
+
+def region_doubt(shares: Tensor, side: int = 1) -> Tuple[Tensor, Tensor]:
+    """Entropy of each region's class distribution.
+
+    Args:
+        shares: (B, K, h, w), how much of each class is in each cell; cells where there is nothing do not count.
+        side: cells along a region's side.
+
+    Returns:
+        (B, ceil(h / side), ceil(w / side)) in [0, log(K)], and bool, whether there is anything; 0 where there is not.
+    """
+    mass = F.avg_pool2d(shares, side, ceil_mode=True)  # (B, K, hc, wc)
+    total = mass.sum(1, keepdim=True)
+    return torch.special.entr(mass / total.clamp(min=1e-12)).sum(1), total[:, 0] > 0
+
+
+def doubt_target(doubt: Tensor, half: Union[float, Tensor]) -> Tensor:
+    """The probability of coarse that a gate is taught: half / (half + doubt).
+
+    Its logit is log(half) - log(doubt): an order of regions that is the same for any ``half``, which only moves the
+    threshold, and in which small doubts, of which most regions are, are as far apart as large ones.
+
+    Args:
+        doubt: nats, not negative.
+        half: the doubt at which coarse and fine are equally likely, positive.
+    """
+    return half / (half + doubt)
+
+
+class Teacher:
+    """A trained dense segmentor that is asked and not trained: no part of the module that has it, nor of its copies.
+
+    It is built when it is first asked: a model that is only tested does not need its files.
+
+    Args:
+        config: path of the segmentor's config, or that config itself.
+        checkpoint: path of its weights.
+    """
+
+    _known: ClassVar[MutableMapping[Tuple[str, str], 'Teacher']] = WeakValueDictionary()
+
+    def __init__(self, config: Union[str, dict], checkpoint: str):
+        self.config = config
+        self.checkpoint = checkpoint
+        self.model: Optional[nn.Module] = None
+        self.answers = WeakTensorKeyDictionary()  # as long as somebody has the images
+
+    @classmethod
+    def of(cls, config: Union[str, dict], checkpoint: str) -> 'Teacher':
+        """The one teacher that the losses of all levels ask, so that a step asks it once."""
+        return cls._known.setdefault((str(config), checkpoint), cls(config, checkpoint))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalised images (B, C, H, W) to class logits (B, K, H, W)."""
+        if images not in self.answers:
+            if self.model is None:
+                self.model = self._build()
+            self.model.to(images.device)
+            metas = [dict(img_shape=tuple(images.shape[2:]))] * len(images)
+            self.answers[images] = self.model.encode_decode(images, metas)
+        return self.answers[images]
+
+    def _build(self) -> nn.Module:
+        config = Config.fromfile(self.config) if isinstance(self.config, str) else Config(dict(self.config))
+        config.model.pretrained = None
+        model = revert_sync_batchnorm(MODELS.build(config.model))
+        load_checkpoint(model, self.checkpoint, map_location='cpu')
+        for module in model.modules():
+            if hasattr(module, 'observers'):
+                module.observers = ()  # metrics count what the pupil does
+        return model.eval().requires_grad_(False)
+
+    def __deepcopy__(self, memo: dict) -> 'Teacher':
+        return self
+
+    def __reduce__(self) -> tuple:
+        return Teacher.of, (self.config, self.checkpoint)
+
+
+@MODELS.register_module()
+class DoubtLoss(GateLoss):
+    """Cross-entropy of the logit against :func:`doubt_target`, as a trained dense segmentor sees each region.
+
+    Chosen here. It needs no labels, and gives every region a place in one order, so that another threshold is another
+    budget. The teacher sees the images as the model's own preprocessor has normalised them: both need the same ``mean``
+    and ``std``, and nothing checks it.
+
+    Args:
+        teacher: ``dict(config=..., checkpoint=...)``, see :class:`Teacher`.
+        target_coarse: the share of regions whose target is coarse, above one half. The doubt at which that is so is a
+            running mean over the steps, and part of a checkpoint.
+        momentum: of that mean.
+    """
+
+    default_name = 'loss_doubt'
+
+    def __init__(self, teacher: dict, target_coarse: float = 0.5, momentum: float = 0.01, **kwargs):
+        super().__init__(**kwargs)
+        if not isinstance(teacher, dict) or set(teacher) != {'config', 'checkpoint'}:
+            raise ValueError(f'teacher must be dict(config=..., checkpoint=...) of a dense segmentor, got {teacher}')
+        if not 0 < target_coarse < 1:
+            raise ValueError(f'target_coarse must be in (0, 1), got {target_coarse}')
+        if not 0 < momentum <= 1:
+            raise ValueError(f'momentum must be in (0, 1], got {momentum}')
+        self.teacher = Teacher.of(**teacher)
+        self.target_coarse = target_coarse
+        self.momentum = momentum
+        self.register_buffer('middle', torch.zeros(()))  # nats; 0 before the first step
+
+    def of_step(self, decision: Decision, tokens: TokenMap, data_samples: Sequence, images: Tensor) -> Tensor:
+        doubt, _ = region_doubt(class_shares(self.teacher(images), self.region))  # (B, hc, wc)
+        now = gather_batch(doubt.flatten()).quantile(self.target_coarse).clamp(min=LEAST_DOUBT)
+        self.middle.copy_(torch.where(self.middle > 0, self.middle.lerp(now, self.momentum), now))
+        logits = decision.logits[self.level - 1]
+        return self.loss_weight * F.binary_cross_entropy_with_logits(logits, doubt_target(doubt, self.middle))
