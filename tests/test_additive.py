@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from mmseg_msvit import MSViT
 from mmseg_msvit.backbone import MixedScale
 from mmseg_msvit.baselines import all_fine
-from mmseg_msvit.embedding import pad_to_regions
+from mmseg_msvit.embedding import pad_to_regions, patchify
 from mmseg_msvit.gate_losses import GateLoss
 from mmseg_msvit.gates import Gate
 
@@ -114,7 +114,7 @@ class BrightnessGate(Gate):
         self.bias = torch.nn.Parameter(torch.zeros(1))
 
     def forward(self, images, grid, left=None):
-        return (self.bias - self.pixels(images, grid).mean(-1)).float()
+        return (self.bias - patchify(images, self.region).mean(-1)).float()
 
     def macs(self, grid):
         return 0
@@ -123,10 +123,9 @@ class BrightnessGate(Gate):
 class CostLoss(GateLoss):
     """A loss that sees tokens: the share of the dense ViT's rows that an image has, straight-through."""
 
-    def __init__(self, grid, region, level=1):
-        super().__init__(grid, region, 1.0, 'loss_cost', level)
+    default_name = 'loss_cost'
 
-    def of_step(self, decision, tokens, data_samples):
+    def of_step(self, decision, tokens, data_samples, images):
         return tokens.weight.sum() / (len(tokens.lengths) * tokens.dense_length)
 
 
