@@ -23,7 +23,7 @@ PATCH_BIAS = 'patch_embed.projection.bias'
 # The share of the backbone's own tensors that a checkpoint must have.
 ENOUGH = 0.9
 # Tensors that a backbone may have of its own; the rest is mmseg's ViT, which a checkpoint must fit.
-ADDED = ('gate.', 'coarser_gates.', 'gate_losses.', 'coarse_detail.', 'coarser_details.')
+ADDED = ('gate.', 'coarser_gates.', 'gate_losses.', 'coarse_detail.', 'coarser_details.', 'out_details.')
 # Where attention, FFN and what comes before them are: a tensor there that finds no place changes every feature.
 INNER = ('patch_embed.', 'ln_pre.', 'layers.')
 
