@@ -240,7 +240,7 @@ class MixedScale:
         """
         self._check(images)
         images, grid = pad_to_regions(images, self.patch_size, self.sides[-1])
-        tokens, decision = self.select([partial(_ask, gate, images, grid) for gate in self.gates], grid)
+        tokens, decision = self.select([partial(ask, gate, images) for gate in self.gates], grid)
         return images, tokens, decision
 
     def embed(self, images: Tensor, tokens: TokenMap) -> Tensor:
@@ -478,7 +478,7 @@ def _gate_of_level(cfg: dict, level: int) -> dict:
     return {**cfg, 'init_cfg': {**init, 'prefix': f'{init["prefix"][: -len("gate.")]}coarser_gates.{level - 2}.'}}
 
 
-def _ask(gate: Gate, images: Tensor, cells: Grid, grid: Grid, left: Optional[Tensor]) -> Tensor:
+def ask(gate: Gate, images: Tensor, grid: Grid, left: Optional[Tensor] = None) -> Tensor:
     """A gate's logits (B, hc, wc); finer regions of padding alone, which the coarsest ones bring, are cut off."""
     height, width = (regions * gate.region for regions in grid)
     return gate(images[..., :height, :width], grid, left)
