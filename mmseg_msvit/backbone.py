@@ -12,6 +12,7 @@ from typing import ClassVar, Dict, List, Optional, Sequence, Tuple, Union
 from weakref import WeakSet
 
 import torch
+import torch.nn.functional as F
 from mmengine.logging import print_log
 from mmseg.models.backbones import VisionTransformer
 from mmseg.registry import MODELS
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .blocks import Places, block_of
 from .checkpoint import ADDED, adapt, fit, misshapen, refuse
-from .embedding import CoarseDetail, PatchRows, area_mean, pad_to_regions, patchify
+from .embedding import CoarseDetail, PatchRows, ZeroLinear, area_mean, pad_to_regions, patches_at, patchify
 from .gate_losses import GateLoss
 from .gates import Gate
 from .positions import rotary, table_positions
@@ -29,6 +30,7 @@ from .selection import Decision, TokenSelector, raise_not_finite
 from .tokens import Grid, TokenMap, region_grid
 
 COARSE_EMBED = ('resize', 'resize+detail')
+OUT_DETAIL = ('none', 'residual')
 FFN_TYPES = ('mlp', 'swiglu')
 ROPES = (None, 'dinov3', 'eva02')
 
@@ -49,6 +51,8 @@ class MixedScale:
             its own, those of coarser levels than the first with ``_2``, ``_3`` after their names.
         train_tokens: which tokens a training step computes while the gate learns, see :class:`TokenSelector`.
         coarse_embed: ``'resize'`` embeds the area mean of a region; ``'resize+detail'`` adds a :class:`CoarseDetail`.
+        out_detail: ``'residual'`` adds to each output, in the cells of coarse regions, a linear map, at first zero, of
+            the cell's own patch embedding: the token that they share says the same of all of them.
         token_budget: at test time, the mean number of tokens that the images of a forward pass may have, in place of
             the gate's threshold; see :class:`TokenSelector`.
         num_register_tokens: learned tokens after cls without a position, as DINOv2 and DINOv3 have.
@@ -79,6 +83,7 @@ class MixedScale:
         gate_loss: Union[dict, List[dict], None] = 'default',
         train_tokens: str = 'trimmed',
         coarse_embed: str = 'resize',
+        out_detail: str = 'none',
         token_budget: Optional[float] = None,
         num_register_tokens: int = 0,
         **kwargs,
@@ -90,6 +95,8 @@ class MixedScale:
         self.sides = tuple(scale // self.patch_size for scale in self.scales)
         if coarse_embed not in COARSE_EMBED:
             raise ValueError(f'coarse_embed must be one of {COARSE_EMBED}, got {coarse_embed!r}')
+        if out_detail not in OUT_DETAIL:
+            raise ValueError(f'out_detail must be one of {OUT_DETAIL}, got {out_detail!r}')
         self.in_channels = self.patch_embed.projection.in_channels
         self.embed_dims = self.patch_embed.embed_dims
         self.patch_embed = PatchRows(self.patch_embed)
@@ -130,6 +137,10 @@ class MixedScale:
             self.coarse_detail = CoarseDetail(self.embed_dims, self.sides[1])
             if len(self.sides) > 2:
                 self.coarser_details = nn.ModuleList(CoarseDetail(self.embed_dims, side) for side in self.sides[2:])
+        self.out_details = None
+        if out_detail == 'residual':
+            outputs = len(self.out_indices) + int(self.out_origin)
+            self.out_details = nn.ModuleList(ZeroLinear(self.embed_dims, self.embed_dims) for _ in range(outputs))
         self.layers = nn.ModuleList(self._block(layer) for layer in self.layers)
         self.register_load_state_dict_pre_hook(MixedScale._adapt_loaded)
         # Between a training forward and its gate losses; pop_gate_losses empties it. It holds a step's forwards while
@@ -182,7 +193,7 @@ class MixedScale:
             super().init_weights()
             for gate in self.gates:
                 gate.init_weights()
-            for detail in self.details:
+            for detail in [*self.details, *(self.out_details or ())]:
                 detail.reset_parameters()
             if self.register_tokens is not None:
                 nn.init.normal_(self.register_tokens, std=1e-6)
@@ -215,7 +226,7 @@ class MixedScale:
 
         x = self.embed(images, tokens)  # (N, C)
         outputs = [self._output(x, tokens)] if self.out_origin else []
-        places = self.places(tokens)
+        whole, places = tokens, self.places(tokens)
         for i, layer in enumerate(self.layers):
             if self.with_cp and x.requires_grad:
                 x = checkpoint(layer, x, tokens, places, use_reentrant=False)
@@ -228,7 +239,7 @@ class MixedScale:
             x, reduced = self.between(i, x, tokens)
             if reduced is not tokens:
                 tokens, places = reduced, self.places(reduced)
-        return tuple(outputs)
+        return tuple(outputs) if self.out_details is None else self._add_out_detail(outputs, images, whole)
 
     def tokenize(self, images: Tensor) -> Tuple[Tensor, TokenMap, Optional[Decision]]:
         """Images (B, C, H, W) to the same, padded to whole regions, their tokens, and what the gates said, if any did.
@@ -238,7 +249,7 @@ class MixedScale:
         """
         self._check(images)
         images, grid = pad_to_regions(images, self.patch_size, self.sides[-1])
-        tokens, decision = self.select([partial(_ask, gate, images, grid) for gate in self.gates], grid)
+        tokens, decision = self.select([partial(ask, gate, images) for gate in self.gates], grid)
         return images, tokens, decision
 
     def embed(self, images: Tensor, tokens: TokenMap) -> Tensor:
@@ -307,8 +318,24 @@ class MixedScale:
         added = detail((cells * inside[..., None]).permute(0, 3, 1, 2)).flatten(1)  # (M, C)
         return x.index_add(0, row, added.to(x.dtype))
 
+    def _add_out_detail(self, outputs: list, images: Tensor, tokens: TokenMap) -> tuple:
+        """Adds to each output what its projection makes of the cells that coarse tokens cover, as they weigh there."""
+        coarse = (tokens.level > 0)[:, None].to(images.dtype)  # (N, 1)
+        kept = F.pad(coarse, (0, 0, 0, 1))[tokens.cover].amax((0, 4)) > 0  # (B, h, w), covered by one, active or not
+        image, y, x = kept.nonzero().unbind(1)  # (M,) each
+        cells = self.patch_embed(patches_at(images, self.patch_size, image, y, x))  # (M, C)
+        weight = tokens.to_grid(coarse)[image, :, y, x]  # (M, 1), 0 or 1, with the gate's gradient where it learns
+        found = []
+        for project, output in zip(self.out_details, outputs):
+            grid = output[0] if self.output_cls_token else output
+            added = project(cells) * weight
+            detail = torch.zeros_like(grid.permute(0, 2, 3, 1)).index_put((image, y, x), added.to(grid.dtype))
+            grid = grid + detail.permute(0, 3, 1, 2)
+            found.append([grid, output[1]] if self.output_cls_token else grid)
+        return tuple(found)
+
     def macs(self, tokens: TokenMap) -> List[Dict[str, int]]:
-        """Multiply-accumulates of each image at test time: ``gate``, ``embedding`` and ``encoder``.
+        """Multiply-accumulates of each image at test time: ``gate``, ``embedding`` (with details) and ``encoder``.
 
         Counted are matrix products: linear layers, convolutions, and both products of the attention.
         """
@@ -318,6 +345,10 @@ class MixedScale:
         for level, detail in enumerate(self.details, 1):
             each = self.patch_embed.macs(self.sides[level] ** 2) + detail.weight.numel()
             embedding = [e + each * n for e, n in zip(embedding, tokens.active_counts(level).tolist())]
+        if self.out_details is not None:
+            each = self.patch_embed.macs(1) + sum(project.weight.numel() for project in self.out_details)
+            cells = tokens.grid[0] * tokens.grid[1]
+            embedding = [e + each * (cells - n) for e, n in zip(embedding, tokens.active_counts(0).tolist())]
         return [
             dict(gate=gates, embedding=e, encoder=sum(layer.macs(n) for layer in self.layers))
             for n, e in zip(counts, embedding)
@@ -461,7 +492,7 @@ def _gate_of_level(cfg: dict, level: int) -> dict:
     return {**cfg, 'init_cfg': {**init, 'prefix': f'{init["prefix"][: -len("gate.")]}coarser_gates.{level - 2}.'}}
 
 
-def _ask(gate: Gate, images: Tensor, cells: Grid, grid: Grid, left: Optional[Tensor]) -> Tensor:
+def ask(gate: Gate, images: Tensor, grid: Grid, left: Optional[Tensor] = None) -> Tensor:
     """A gate's logits (B, hc, wc); finer regions of padding alone, which the coarsest ones bring, are cut off."""
     height, width = (regions * gate.region for regions in grid)
     return gate(images[..., :height, :width], grid, left)

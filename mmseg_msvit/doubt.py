@@ -60,17 +60,33 @@ def region_doubt(shares: Tensor, side: int = 1) -> Tuple[Tensor, Tensor]:
     return torch.special.entr(mass / total.clamp(min=1e-12)).sum(1), total[:, 0] > 0
 
 
-def doubt_target(doubt: Tensor, half: Union[float, Tensor]) -> Tensor:
-    """The probability of coarse that a gate is taught: half / (half + doubt).
+def doubt_scale(doubt: Tensor, target_coarse: float) -> Tensor:
+    """What :func:`doubt_target` needs to know of many regions' doubts.
+
+    Args:
+        doubt: (n,) nats.
+        target_coarse: the share of the regions whose target shall be above one half.
+
+    Returns:
+        (2,), the least doubt, which is far from 0 where a head's scores are bounded as Segmenter's are; and how far
+        above it the doubt lies at which coarse and fine are equally likely.
+    """
+    floor = doubt.min()
+    return torch.stack((floor, (doubt.quantile(target_coarse) - floor).clamp(min=LEAST_DOUBT)))
+
+
+def doubt_target(doubt: Tensor, scale: Tensor) -> Tensor:
+    """The probability of coarse that a gate is taught: half / (half + doubt), with doubt counted from its floor.
 
     Its logit is log(half) - log(doubt): an order of regions that is the same for any ``half``, which only moves the
     threshold, and in which small doubts, of which most regions are, are as far apart as large ones.
 
     Args:
-        doubt: nats, not negative.
-        half: the doubt at which coarse and fine are equally likely, positive.
+        doubt: nats.
+        scale: (2,), floor and half, by :func:`doubt_scale`.
     """
-    return half / (half + doubt)
+    floor, half = scale.unbind()
+    return half / (half + (doubt - floor).clamp(min=0))
 
 
 class Teacher:
@@ -134,7 +150,7 @@ class DoubtLoss(GateLoss):
 
     Args:
         teacher: ``dict(config=..., checkpoint=...)``, see :class:`Teacher`.
-        target_coarse: the share of regions whose target is coarse, above one half. The doubt at which that is so is a
+        target_coarse: the share of regions whose target is above one half. The scale of doubts at which that is so is a
             running mean over the steps, and part of a checkpoint.
         momentum: of that mean.
     """
@@ -152,11 +168,11 @@ class DoubtLoss(GateLoss):
         self.teacher = Teacher.of(**teacher)
         self.target_coarse = target_coarse
         self.momentum = momentum
-        self.register_buffer('middle', torch.zeros(()))  # nats; 0 before the first step
+        self.register_buffer('scale', torch.zeros(2))  # by doubt_scale; zeros before the first step
 
     def of_step(self, decision: Decision, tokens: TokenMap, data_samples: Sequence, images: Tensor) -> Tensor:
         doubt, _ = region_doubt(class_shares(self.teacher(images), self.region))  # (B, hc, wc)
-        now = gather_batch(doubt.flatten()).quantile(self.target_coarse).clamp(min=LEAST_DOUBT)
-        self.middle.copy_(torch.where(self.middle > 0, self.middle.lerp(now, self.momentum), now))
+        now = doubt_scale(gather_batch(doubt.flatten()), self.target_coarse)
+        self.scale.copy_(torch.where(self.scale[1] > 0, self.scale.lerp(now, self.momentum), now))
         logits = decision.logits[self.level - 1]
-        return self.loss_weight * F.binary_cross_entropy_with_logits(logits, doubt_target(doubt, self.middle))
+        return self.loss_weight * F.binary_cross_entropy_with_logits(logits, doubt_target(doubt, self.scale))

@@ -34,6 +34,13 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     return cells.permute(0, 2, 4, 1, 3, 5).reshape(b, height // patch, width // patch, -1)
 
 
+def patches_at(images: Tensor, patch: int, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """The rows (M, C * patch * patch) that :func:`patchify` gives at M places: (M,) int64 images, rows and columns."""
+    b, c, height, width = images.shape
+    cells = images.view(b, c, height // patch, patch, width // patch, patch)
+    return cells.permute(0, 2, 4, 1, 3, 5)[image, y, x].flatten(1)
+
+
 def area_mean(images: Tensor, side: int) -> Tensor:
     """Means of side * side pixels: (B, C, H, W) to (B, C, H / side, W / side).
 
@@ -80,6 +87,14 @@ class CoarseDetail(nn.Conv2d):
     def __init__(self, dims: int, side: int):
         super().__init__(dims, dims, side, side)
         self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that is zero at first, so that what it is added to is as it was."""
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)

@@ -60,7 +60,9 @@ def test_all_fine_is_mmsegs_vit(size, options):
 
 @pytest.mark.parametrize('size', [(64, 64), (70, 90), (33, 130)])
 @pytest.mark.parametrize('mode', ['all', 'trimmed', 'active'])
-@pytest.mark.parametrize('options', [{}, dict(coarse_embed='resize+detail'), dict(with_cls_token=False)])
+@pytest.mark.parametrize(
+    'options', [{}, dict(coarse_embed='resize+detail', out_detail='residual'), dict(with_cls_token=False)]
+)
 def test_training_output_is_the_packed_test_output(size, mode, options, monkeypatch):
     """Invariant 2: the same hard decisions, no noise."""
     model = build_msvit(train_tokens=mode, **LEARNED, **options)
@@ -145,7 +147,9 @@ def test_a_batch_is_its_images(size):
 
 @pytest.mark.parametrize('mode', ['all', 'trimmed', 'active'])
 @pytest.mark.parametrize('logit', [9.0, -9.0, None])
-@pytest.mark.parametrize('options', [dict(coarse_embed='resize+detail'), dict(with_cls_token=False)])
+@pytest.mark.parametrize(
+    'options', [dict(coarse_embed='resize+detail', out_detail='residual'), dict(with_cls_token=False)]
+)
 def test_each_parameter_gets_a_gradient(mode, logit, options):
     """Invariant 4: also when a batch is all coarse or all fine, or of one region."""
     model = build_msvit(train_tokens=mode, gate_loss=[dict(type='GeneralizedBatchShapingLoss')], **options).train()
@@ -199,6 +203,46 @@ def test_each_pixel_has_a_gradient(options, size):
     images = torch.randn(2, 3, *size, requires_grad=True)
     model(images)[-1].square().sum().backward()
     assert (images.grad != 0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('scales', [(16, 32), (16, 32, 64)])
+@pytest.mark.parametrize('options', [{}, dict(output_cls_token=True, out_origin=True, patch_norm=True)])
+@pytest.mark.parametrize('size', [(64, 64), (50, 100)])
+def test_out_detail_adds_a_map_of_their_own_pixels_to_the_cells_of_coarse_regions(scales, options, size):
+    gate = dict(type='RandomGate', coarse_ratio=0.4)
+    plain, detailed = (build_msvit(gate=gate, scales=scales, out_detail=d, **options) for d in ('none', 'residual'))
+    assert not detailed.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+    seen, images = watch_tokens(detailed), torch.randn(3, 3, *size)
+
+    def outputs(model):
+        torch.manual_seed(2)
+        return model(images)
+
+    def grids(model):
+        return [o[0] if isinstance(o, list) else o for o in outputs(model)]
+
+    padded, (h, w) = pad_to_regions(images, 16, 4)
+    cells = detailed.patch_embed.projection(padded)[..., :h, :w].permute(0, 2, 3, 1)  # (B, h, w, C)
+    cells = cells if detailed.patch_embed.norm is None else detailed.patch_embed.norm(cells)
+    for project, a, b in zip(detailed.out_details, grids(detailed), grids(plain)):
+        coarse = (seen[-1][0].levels() > 0)[..., None]
+        assert 0 < coarse.float().mean() < 1
+        torch.testing.assert_close(a - b, (project(cells) * coarse).permute(0, 3, 1, 2), rtol=1e-4, atol=1e-4)
+    assert len(detailed.out_details) == len(detailed.out_indices) + detailed.out_origin
+    if options:
+        assert all(torch.equal(a[1], b[1]) for a, b in zip(outputs(detailed), outputs(plain)))
+    detailed.init_weights()
+    plain.load_state_dict(detailed.state_dict(), strict=False)
+    assert all(torch.equal(a, b) for a, b in zip(grids(detailed), grids(plain)))
+
+
+@torch.no_grad()
+def test_out_detail_leaves_images_without_a_coarse_region_as_they_are():
+    plain, detailed = (build_msvit(gate=dict(type='FixedGate'), out_detail=d) for d in ('none', 'residual'))
+    plain.load_state_dict(detailed.state_dict(), strict=False)
+    images = torch.randn(2, 3, 50, 70)
+    assert all(torch.equal(a, b) for a, b in zip(detailed(images), plain(images)))
 
 
 def test_coarse_token_is_the_embedded_area_mean_and_detail_adds_a_convolution():
@@ -311,6 +355,7 @@ def test_half_precision_and_autocast():
         (dict(gate_loss=[dict(type='PurityLoss')] * 2), 'gate_loss: each loss needs a loss_name of its own'),
         (dict(train_tokens='few'), "train_tokens must be one of .*'few'"),
         (dict(coarse_embed='mean'), "coarse_embed must be one of .*'mean'"),
+        (dict(out_detail='mean'), "out_detail must be one of .*'mean'"),
         (dict(patch_pad='same'), "patch_pad must be 'corner'"),
     ],
 )

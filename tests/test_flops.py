@@ -18,7 +18,11 @@ def counted(function):
 
 @pytest.mark.parametrize(
     'options',
-    [{}, dict(coarse_embed='resize+detail'), dict(with_cls_token=False, qkv_bias=False, num_fcs=3, mlp_ratio=2)],
+    [
+        {},
+        dict(coarse_embed='resize+detail', out_detail='residual'),
+        dict(with_cls_token=False, qkv_bias=False, num_fcs=3, mlp_ratio=2),
+    ],
 )
 @pytest.mark.parametrize('size', [(64, 64), (70, 100)])
 def test_macs_are_those_of_the_operators(options, size, monkeypatch):

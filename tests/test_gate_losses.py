@@ -13,7 +13,7 @@ from mmengine.model import ExponentialMovingAverage, StochasticWeightAverage
 from mmseg.registry import MODELS
 from torch.autograd import gradcheck
 
-from mmseg_msvit.doubt import class_shares, doubt_target, region_doubt
+from mmseg_msvit.doubt import class_shares, doubt_scale, doubt_target, region_doubt
 from mmseg_msvit.gate_losses import (
     batch_shaping_loss,
     beta_cdf,
@@ -273,10 +273,18 @@ def test_doubt_of_one_logit_is_that_of_two_classes_and_nothing_is_unknown():
 
 
 def test_a_target_keeps_the_order_of_doubts_and_its_logit_moves_as_a_whole():
-    doubt = torch.tensor([0.0, 0.001, 0.01, 0.1, 1])
-    first, second = (doubt_target(doubt, half) for half in (0.1, 0.01))
-    assert first[0] == 1 and first[3] == 0.5 and (first.diff() < 0).all()
+    doubt = torch.tensor([0.0, 0.001, 0.01, 0.1, 1]) + 0.5
+    first, second = (doubt_target(doubt, torch.tensor([0.5, half])) for half in (0.1, 0.01))
+    assert first[0] == 1 and first[3] == pytest.approx(0.5) and (first.diff() < 0).all()
     torch.testing.assert_close(first.logit()[1:] - second.logit()[1:], torch.full((4,), math.log(10)))
+
+
+@pytest.mark.parametrize('share', [0.2, 0.7])
+def test_the_scale_of_doubts_puts_the_wanted_share_above_one_half(share):
+    doubt = torch.rand(1000).square() + 0.3
+    target = doubt_target(doubt, doubt_scale(doubt, share))
+    assert abs((target > 0.5).float().mean() - share) < 0.01 and target.max() == 1
+    assert doubt_target(torch.zeros(3), doubt_scale(torch.zeros(3), share)).tolist() == [1, 1, 1]
 
 
 @pytest.fixture
@@ -307,8 +315,7 @@ def test_doubt_loss_teaches_every_level_what_its_teacher_doubts(teacher):
         logits = model.encode_decode(images, [dict(img_shape=(100, 128))])
     for level, region, name in ((0, 32, 'loss_doubt'), (1, 64, 'loss_doubt_2')):
         doubt, _ = region_doubt(class_shares(logits, region))
-        half = pupil.gate_losses[level].middle
-        target = half / (half + doubt)
+        target = doubt_target(doubt, pupil.gate_losses[level].scale)
         assert abs((target > 0.5).float().mean() - 0.7) < 0.1
         bce = torch.nn.functional.binary_cross_entropy_with_logits(decision.logits[level], target)
         torch.testing.assert_close(losses[name], 2 * bce)
@@ -330,11 +337,11 @@ def test_doubt_loss_teaches_every_level_what_its_teacher_doubts(teacher):
 def test_a_running_doubt_is_in_the_checkpoint(teacher):
     loss = MODELS.build(dict(type='DoubtLoss', teacher=teacher[1], momentum=0.5))
     decision = Decision([torch.zeros(1, 2, 2)], [])
-    halves = []
+    scales = []
     for _ in range(2):
         loss.of_step(decision, None, [], torch.randn(1, 3, 64, 64))
-        halves.append(loss.state_dict()['middle'].item())
-    assert 0 < halves[0] != halves[1]
+        scales.append(loss.state_dict()['scale'].tolist())
+    assert 0 < scales[0][1] != scales[1][1]
 
 
 @pytest.mark.parametrize('kind', ['TokenBudgetLoss', 'GeneralizedBatchShapingLoss'])

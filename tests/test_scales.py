@@ -103,7 +103,9 @@ def test_merged_rows_keep_every_cell_and_are_means():
 
 @pytest.mark.parametrize('size', [(128, 128), (100, 140), (33, 200)])
 @pytest.mark.parametrize('mode', ['all', 'trimmed', 'active'])
-@pytest.mark.parametrize('options', [{}, dict(coarse_embed='resize+detail', num_register_tokens=2)])
+@pytest.mark.parametrize(
+    'options', [dict(out_detail='residual'), dict(coarse_embed='resize+detail', num_register_tokens=2)]
+)
 def test_training_output_is_the_packed_test_output(size, mode, options, monkeypatch):
     model = build_msvit(train_tokens=mode, **THREE, **options)
     grid = -(-size[0] // 16), -(-size[1] // 16)

@@ -1,0 +1,419 @@
+"""A gate for a trained dense segmentor: the weights of ViT and head stay, and no label is needed.
+
+The dense model runs over images once (:func:`gather`), which says how mixed every region is in its eyes. A gate learns
+to foresee that from the pixels (:func:`fit`), one threshold is set for a budget of tokens (:func:`find_threshold`), and
+:func:`write` leaves a config and a whole checkpoint, which everything takes that takes a segmentor's.
+"""
+
+import os
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config, ConfigDict
+from mmengine.dataset import pseudo_collate
+from mmseg.evaluation import IoUMetric
+from mmseg.registry import DATASETS, MODELS
+from mmseg.structures import SegDataSample
+from rich.progress import track
+from torch import Tensor, nn
+
+from .backbone import MixedScale, ask
+from .beit import MSMAE, MSBEiT
+from .command_line import InputError
+from .doubt import class_shares, doubt_scale, doubt_target, region_doubt
+from .embedding import pad_to_regions
+from .flops import add_up, pass_costs
+from .gate_losses import IGNORE_INDEX
+from .gates import FixedGate
+from .inspection import record_tokens
+from .selection import TokenSelector
+from .testset import FileReader, list_images
+from .tokens import Grid
+
+# The mixed-scale backbone that takes over a dense one's weights, by the dense one's class.
+STANDS_IN = {
+    'VisionTransformer': 'MSViT',
+    'BEiT': 'MSBEiT',
+    'MAE': 'MSMAE',
+    **{name: name for name in ('MSViT', MSBEiT.__name__, MSMAE.__name__)},
+}
+GATES = dict(context='ContextGate', mlp='MLPGate')
+TARGETS = ('mixed', 'labels')
+# Images through the fitted model, evenly spread over all, for the table.
+CHECKED = 100
+BATCH = 8
+LEARNING_RATE = 1e-3
+
+
+@dataclass
+class Window:
+    """What the backbone saw in one pass: a whole image, or a window of slide inference.
+
+    Attributes:
+        example: the image's number.
+        box: (y, x, height, width) in the image as the preprocessor pads it.
+        shares: (K, h, w) float32, how much of each class is in each cell, by :func:`.class_shares` or labels.
+    """
+
+    example: int
+    box: Tuple[int, int, int, int]
+    shares: Tensor
+
+
+@dataclass
+class Example:
+    """An image, and what the dense segmentor made of it.
+
+    Attributes:
+        data: what the test pipeline made of the image.
+        prediction: (H, W) class ids at the image's own size.
+        labels: (H, W) ground truth, if there is any.
+    """
+
+    data: dict
+    prediction: Tensor
+    labels: Optional[np.ndarray]
+
+
+def dense_backbone(model: nn.Module, path: str) -> nn.Module:
+    """The dense ViT of a segmentor.
+
+    Raises:
+        InputError: it has no plain ViT, or one whose gate is not all fine.
+    """
+    backbone = model.backbone
+    kind = type(backbone).__name__
+    if kind not in STANDS_IN:
+        raise InputError(f'CONFIG: wanted a backbone of type {", ".join(STANDS_IN)}, got {kind} in {path}')
+    if isinstance(backbone, MixedScale):
+        gate = backbone.gate
+        if not isinstance(gate, FixedGate) or gate.coarse:
+            raise InputError(
+                "CONFIG: wanted a dense ViT, an MSViT with gate=dict(type='FixedGate', coarse=False), got one with "
+                f'{type(gate).__name__} in {path}'
+            )
+    return backbone
+
+
+def find_images(config: Config, folder: Optional[Path], limit: int) -> Tuple[List[Path], List[Optional[Path]]]:
+    """Images, and the files of their labels where there are any: of a folder, or of the config's training set.
+
+    Args:
+        config: by :func:`.load_config`.
+        folder: of images; None for the training set.
+        limit: of more images than this, so many that are evenly spread are taken.
+
+    Raises:
+        InputError: there are none.
+    """
+    if folder is not None:
+        images = list_images(folder)
+        truths: List[Optional[Path]] = [None] * len(images)
+    else:
+        dataset = config.get('train_dataloader', {}).get('dataset')
+        if dataset is None:
+            raise InputError(f'CONFIG: wanted one with a train_dataloader, or --images, got {config.filename} without')
+        while 'dataset' in dataset:  # what repeats or mixes it
+            dataset = dataset['dataset']
+        try:
+            dataset = DATASETS.build(dataset)
+        except FileNotFoundError as error:
+            raise InputError(f'CONFIG: the training set of {config.filename} is not there: {error}') from error
+        infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+        images = [Path(info['img_path']) for info in infos]
+        truths = [Path(info['seg_map_path']) if info.get('seg_map_path') else None for info in infos]
+    if not images:
+        raise InputError(f'CONFIG: wanted images in the training set of {config.filename}, got none')
+    chosen = np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(int)
+    return [images[i] for i in chosen], [truths[i] if truths[i] and truths[i].is_file() else None for i in chosen]
+
+
+@torch.no_grad()
+def gather(
+    model: nn.Module, reader: FileReader, images: Sequence[Path], truths: Sequence[Optional[Path]], target: str
+) -> Tuple[List[Example], List[Window]]:
+    """Runs the dense segmentor over images, by the test pipeline and its own inference, each once.
+
+    Args:
+        model: the dense segmentor, in evaluation mode.
+        reader: of its config.
+        images: files.
+        truths: the files of their labels, or None.
+        target: ``'mixed'``, what the model sees in each window, or ``'labels'``.
+
+    Raises:
+        InputError: an image cannot be read, or has no labels where these are the target.
+    """
+    patch = model.backbone.patch_size
+    examples, windows = [], []
+    for path, truth in track(list(zip(images, truths)), 'dense model'):
+        data, labels = reader.read(path, truth)
+        if labels is None and target == 'labels':
+            raise InputError(f'--target labels: wanted labels of each image, got none of {path}')
+        size, seen = tuple(data['inputs'].shape[1:]), []
+
+        def encode_decode(inputs, batch_img_metas, size=size, seen=seen, labels=labels):
+            logits = type(model).encode_decode(model, inputs, batch_img_metas)
+            y, x = divmod(inputs.storage_offset(), inputs.stride(2))  # slide inference takes views of the image
+            box = (y, x, *inputs.shape[2:])
+            shares = class_shares(logits, patch) if target == 'mixed' else _label_shares(labels, size, box, patch)
+            seen.append((box, shares[0].cpu()))
+            return logits
+
+        model.encode_decode = encode_decode
+        try:
+            (sample,) = model.test_step(pseudo_collate([deepcopy(data)]))
+        finally:
+            del model.encode_decode
+        windows += [Window(len(examples), box, shares) for box, shares in seen]
+        prediction = sample.pred_sem_seg.data[0].cpu()
+        examples.append(Example(data, prediction.to(torch.uint8 if prediction.max() < 256 else torch.int32), labels))
+    return examples, windows
+
+
+def _label_shares(labels: np.ndarray, size: Grid, box: Tuple[int, int, int, int], patch: int) -> Tensor:
+    """(1, K, h, w), the share of each class in the cells of a window; cells without labels are empty."""
+    known = torch.from_numpy(labels.astype(np.int64))
+    known = F.interpolate(known[None, None].float(), size=size, mode='nearest')[0, 0].long()
+    y, x, height, width = box
+    known = known[y : y + height, x : x + width]
+    known = F.pad(known, (0, width - known.shape[1], 0, height - known.shape[0]), value=IGNORE_INDEX)
+    classes = labels[labels != IGNORE_INDEX]
+    mass = torch.stack([(known == c).float() for c in range(int(classes.max(initial=0)) + 1)])
+    return F.avg_pool2d(mass[None], patch, ceil_mode=True)
+
+
+def pixels(model: nn.Module, example: Example, window: Window) -> Tensor:
+    """(C, height, width), a window as the backbone sees it."""
+    batch = dict(inputs=[example.data['inputs']], data_samples=[SegDataSample()])
+    y, x, height, width = window.box
+    return model.data_preprocessor(batch, training=False)['inputs'][0, :, y : y + height, x : x + width]
+
+
+def answers(backbone: MixedScale, images: Tensor) -> List[Tensor]:
+    """The logits (B, hc, wc) of every level's gate, the finest first, of images of any size."""
+    padded, cells = pad_to_regions(images, backbone.patch_size, backbone.sides[-1])
+    grids = [(-(-cells[0] // side), -(-cells[1] // side)) for side in backbone.sides[1:]]
+    return [ask(gate, padded, grid) for gate, grid in zip(backbone.gates, grids)]
+
+
+def _crop(model: nn.Module, examples: List[Example], windows: List[Window], rng: np.random.Generator) -> tuple:
+    """A batch of crops of one size that begin at any cell: images (B, C, H, W) and shares (B, K, h, w)."""
+    backbone = model.backbone
+    patch, most = backbone.patch_size, backbone.sides[-1]
+    flip = rng.random() < 0.5 and all(window.box[3] >= patch for window in windows)
+    # The backbone pads at the right and below: a cell of which a part is missing must not come to lie on the left.
+    sizes = [(w.shares.shape[1], w.box[3] // patch if flip else w.shares.shape[2]) for w in windows]
+    rows, columns = (max(1, min(n) - rng.integers(most)) for n in zip(*sizes))
+    images, shares = [], []
+    for window, (h, w) in zip(windows, sizes):
+        y, x = rng.integers(h - rows + 1), rng.integers(w - columns + 1)
+        image = pixels(model, examples[window.example], window)
+        image = image[:, patch * y : patch * (y + rows), patch * x : patch * (x + columns)]
+        missing = (0, patch * columns - image.shape[2], 0, patch * rows - image.shape[1])
+        images.append(F.pad(image, missing))
+        shares.append(window.shares[:, y : y + rows, x : x + columns])
+    classes = max(len(share) for share in shares)
+    shares = [F.pad(share, (0, 0, 0, 0, 0, classes - len(share))) for share in shares]
+    images, shares = torch.stack(images), torch.stack(shares).to(images[0].device)
+    return (images.flip(-1), shares.flip(-1)) if flip else (images, shares)
+
+
+def fit(model: nn.Module, examples: List[Example], windows: List[Window], budget: float, steps: int) -> None:
+    """Trains the gates of a converted model, and nothing else of it, to foresee the doubt about each region.
+
+    Args:
+        model: by :func:`convert`.
+        examples: by :func:`gather`.
+        windows: likewise.
+        budget: the wanted share of the dense tokens: a gate is least sure where it has to decide.
+        steps: of the optimizer, each of ``BATCH`` windows.
+    """
+    backbone, rng = model.backbone, np.random.default_rng(0)
+    doubts = []
+    for window in windows:
+        doubt, known = region_doubt(window.shares[None], backbone.sides[1])
+        doubts.append(doubt[known])
+    saved = 1 - 1 / backbone.sides[1] ** 2  # of a region's tokens, where it is coarse
+    scale = doubt_scale(torch.cat(doubts), min(max((1 - budget) / saved, 0.05), 0.95))
+    scale = scale.to(next(backbone.parameters()).device)
+    backbone.requires_grad_(False)
+    gates = nn.ModuleList(backbone.gates).train().requires_grad_(True)
+    for gate in backbone.gates:
+        nn.init.zeros_(gate.last.bias)  # half of the targets are above one half
+    optimizer = torch.optim.AdamW(gates.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=max(steps, 2), pct_start=0.1)
+    order: List[int] = []
+    for _ in track(range(steps), 'gate'):
+        if len(order) < BATCH:
+            order += rng.permutation(len(windows)).tolist()
+        chosen, order = [windows[i] for i in order[:BATCH]], order[BATCH:]
+        images, shares = _crop(model, examples, chosen, rng)
+        loss = 0.0
+        for logits, side in zip(answers(backbone, images), backbone.sides[1:]):
+            doubt, known = region_doubt(shares, side)
+            each = F.binary_cross_entropy_with_logits(logits, doubt_target(doubt, scale), reduction='none')
+            loss = loss + (each * known).sum() / known.sum().clamp(min=1)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(gates.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    gates.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def find_threshold(
+    model: nn.Module, examples: List[Example], windows: List[Window], budget: float
+) -> Tuple[float, float]:
+    """The one threshold, for all images and levels, that meets a budget on these windows.
+
+    Args:
+        model: with fitted gates.
+        examples: by :func:`gather`.
+        windows: likewise.
+        budget: the share of the dense tokens, cls and registers among both, over all windows.
+
+    Returns:
+        The largest threshold that is within the budget, and its share.
+
+    Raises:
+        InputError: even all coarse is not within the budget.
+    """
+    backbone = model.backbone
+    found: Dict[Grid, List[List[Tensor]]] = {}  # logits of each level, by the grid of cells
+    for window in track(windows, 'threshold'):
+        image = pixels(model, examples[window.example], window)[None]
+        found.setdefault(tuple(window.shares.shape[1:]), []).append(answers(backbone, image))
+    groups = {grid: [torch.cat(level) for level in zip(*group)] for grid, group in found.items()}
+    prefix = backbone.select.prefix
+    dense = sum(len(levels[0]) * (grid[0] * grid[1] + prefix) for grid, levels in groups.items())
+
+    def share(threshold: float) -> float:
+        select, tokens = TokenSelector(backbone.sides, 'active', 1.0, threshold, prefix).eval(), 0
+        for grid, levels in groups.items():
+            gates = [lambda regions, left, answer=answer: answer for answer in levels]
+            tokens += sum(select(gates, grid)[0].lengths)
+        return tokens / dense
+
+    # A threshold between two values is the lower of them: a region has to be above it.
+    values = torch.cat([a.flatten() for levels in groups.values() for a in levels]).sigmoid().unique().tolist()
+    values = [0.0, *values]
+    if share(0.0) > budget:
+        raise InputError(
+            f'--budget: wanted at least {share(0.0):.2f}, which is all coarse, got {budget:g}; more --scales allow less'
+        )
+    low, high = 0, len(values)  # the first is within the budget, what is at high or above is not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if share(values[middle]) <= budget else (low, middle)
+    return values[low], share(values[low])
+
+
+def convert(config: Config, dense: nn.Module, gate: str, scales: Sequence[int]) -> Tuple[nn.Module, dict]:
+    """The segmentor with a mixed-scale backbone in the dense one's place, gates at their first values.
+
+    Args:
+        config: of the dense segmentor.
+        dense: that segmentor.
+        gate: one of ``GATES``.
+        scales: pixels along a token's side.
+
+    Returns:
+        The model in evaluation mode, and what the config's backbone becomes.
+
+    Raises:
+        InputError: the scales do not fit the backbone's patches.
+    """
+    own = config.model.backbone
+    changes = dict(type=STANDS_IN[type(dense.backbone).__name__], scales=tuple(scales))
+    if changes['type'] == 'MSViT' and not isinstance(dense.backbone, MixedScale):
+        changes['patch_bias'] = dense.backbone.patch_embed.projection.bias is not None
+    changes['gate'] = dict(type=GATES[gate], frozen=True)
+    kept = {name: value for name, value in own.items() if name not in ('gate', *changes)}
+    try:
+        model = MODELS.build(ConfigDict({**config.model, 'backbone': {**kept, **changes}}))
+    except ValueError as error:
+        raise InputError(f'--scales: {error}') from error
+    loaded = model.load_state_dict(dense.state_dict(), strict=False)
+    added = ('backbone.gate.', 'backbone.coarser_gates.')
+    assert not loaded.unexpected_keys and all(name.startswith(added) for name in loaded.missing_keys), loaded
+    return model.to(next(dense.parameters()).device).eval(), changes
+
+
+def write(config: Config, model: nn.Module, changes: dict, threshold: float, metainfo: dict, out: Path) -> None:
+    """Writes ``checkpoint.pth`` and, last, ``config.py``; each is there as a whole or not at all.
+
+    Args:
+        config: of the dense segmentor, which the new one inherits from.
+        model: the converted one.
+        changes: by :func:`convert`.
+        threshold: of the gates.
+        metainfo: of the data set, its classes and palette.
+        out: folder.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    backbone = dict(changes, gate=dict(changes['gate'], threshold=threshold))
+    if 'gate' in config.model.backbone:
+        backbone['gate']['_delete_'] = True
+    base = config.filename
+    base = base if '::' in base else os.path.relpath(base, out)
+    imports = [name for name in config.get('custom_imports', {}).get('imports', []) if name != 'mmseg_msvit']
+    lines = [
+        f'# {Path(base).name} with a gate that was fitted to it. A higher threshold is more tokens.',
+        f'_base_ = {base!r}',
+        f'custom_imports = dict(imports={[*imports, "mmseg_msvit"]}, allow_failed_imports=False)',
+        f'model = dict(backbone={backbone!r})',
+        "load_from = '{{ fileDirname }}/checkpoint.pth'",
+    ]
+    weights = {name: value.cpu() for name, value in model.state_dict().items()}
+    meta = dict(dataset_meta={key: metainfo[key] for key in ('classes', 'palette') if key in metainfo})
+    for name, save in (
+        ('checkpoint.pth', partial(torch.save, dict(meta=meta, state_dict=weights))),
+        ('config.py', lambda path: path.write_text('\n'.join(lines) + '\n')),
+    ):
+        unfinished = out / f'{name}.unfinished'
+        save(unfinished)
+        os.replace(unfinished, out / name)
+
+
+@torch.no_grad()
+def compare(model: nn.Module, examples: List[Example]) -> List[dict]:
+    """What the dense and the converted model make of images, in the segmentor's own inference.
+
+    Args:
+        model: the converted one, with its threshold.
+        examples: by :func:`gather`; ``CHECKED`` of them are looked at.
+
+    Returns:
+        A row for each: ``name``, and means of an image: ``tokens``, ``gmacs`` of the backbone, ``agreement`` with the
+        dense model in percent of the pixels, and ``miou`` where each image has labels, else None.
+    """
+    chosen = [examples[i] for i in np.linspace(0, len(examples) - 1, min(CHECKED, len(examples))).round().astype(int)]
+    classes, right, costs, areas = model.num_classes, [], [], {'dense': [], 'converted': []}
+    for example in track(chosen, 'converted'):
+        with record_tokens(model) as seen:
+            (sample,) = model.test_step(pseudo_collate([deepcopy(example.data)]))
+        costs.append(add_up([image for tokens, _ in seen for image in pass_costs(model.backbone, tokens)]))
+        prediction = sample.pred_sem_seg.data[0].cpu()
+        right.append((prediction == example.prediction).float().mean().item())
+        if example.labels is not None:
+            labels = torch.from_numpy(example.labels.astype(np.int64))
+            for name, found in (('dense', example.prediction), ('converted', prediction)):
+                areas[name].append(IoUMetric.intersect_and_union(found.long(), labels, classes, IGNORE_INDEX)[:2])
+
+    def row(name: str, prefix: str, agreement: float) -> dict:
+        miou = None
+        if len(areas[name]) == len(chosen):
+            intersect, union = (torch.stack(area).sum(0) for area in zip(*areas[name]))
+            miou = 100 * (intersect / union)[union > 0].mean().item()
+        tokens, macs = (np.mean([cost[f'{prefix}{key}'] for cost in costs]) for key in ('tokens', 'total'))
+        return dict(name=name, tokens=float(tokens), gmacs=float(macs) / 1e9, agreement=100 * agreement, miou=miou)
+
+    return [row('dense', 'dense_', 1.0), row('converted', '', float(np.mean(right)))]

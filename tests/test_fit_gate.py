@@ -1,0 +1,197 @@
+"""A dense segmentor, trained for seconds on toy scenes, gets a gate."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from conftest import ROOT, build_runner
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import init_default_scope
+from mmseg.apis import inference_model, init_model
+
+from mmseg_msvit.doubt import class_shares, region_doubt
+from mmseg_msvit.inspection import record_tokens
+from mmseg_msvit.testset import FileReader, load_config
+from mmseg_msvit.toy_scenes import scene
+
+DENSE = 'configs/toy/segmenter_vit-mini_mask_1xb8-400_toy-scenes-256x256.py'
+SIZE = 128
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """Scenes, the config of a dense segmentor and its checkpoint."""
+    folder = tmp_path_factory.mktemp('fit_gate')
+    rng = np.random.default_rng(0)
+    for split, count in (('train', 24), ('val', 8)):
+        for kind in ('images', 'annotations'):
+            (folder / kind / split).mkdir(parents=True)
+        for i in range(count):
+            image, labels = scene(rng, SIZE)
+            cv2.imwrite(str(folder / f'images/{split}/{i:02}.png'), image[: SIZE - 20, :, ::-1])  # no multiple of 16
+            cv2.imwrite(str(folder / f'annotations/{split}/{i:02}.png'), labels[: SIZE - 20])
+    init_default_scope('mmseg')
+    config = Config.fromfile(ROOT / DENSE)
+    small = dict(embed_dims=64, num_heads=2, num_layers=2, img_size=SIZE)
+    config.model.backbone.update(small)
+    config.model.decode_head.update(in_channels=64, channels=64, embed_dims=64, num_heads=2)
+    config.model.data_preprocessor.size = (SIZE, SIZE)
+    config.param_scheduler = None
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        config[name].update(num_workers=0, persistent_workers=False)
+        config[name].dataset.data_root = str(folder)
+    config.train_cfg.update(max_iters=100, val_interval=1000)
+    config.default_hooks.checkpoint.interval = 100
+    config.work_dir = str(folder / 'work')
+    config.dump(str(folder / 'dense.py'))
+    torch.manual_seed(0)
+    build_runner(config).train()
+    return folder
+
+
+@pytest.fixture
+def fit(folder, monkeypatch):
+    """Call with options of the tool: runs it, and gives what it ends with, None if all is well."""
+
+    def call(*options, config='dense.py', checkpoint='work/iter_100.pth'):
+        command = ['fit_gate.py', folder / config, folder / checkpoint, '--device', 'cpu', *options]
+        monkeypatch.setattr(sys, 'argv', [str(part) for part in command])
+        try:
+            runpy.run_path(str(ROOT / 'tools/fit_gate.py'), run_name='__main__')
+        except SystemExit as end:
+            return end.code
+        return None
+
+    return call
+
+
+@torch.no_grad()
+def look(model, config, path, split):
+    """Of all images of a split: tokens, logits of each level, and the segmentation."""
+    reader, found = FileReader(load_config(str(path))), []
+    for image in sorted((config / 'images' / split).iterdir()):
+        data, _ = reader.read(image)
+        with record_tokens(model) as seen:
+            (sample,) = model.test_step(pseudo_collate([data]))
+        ((tokens, decision),) = seen
+        found.append((tokens.lengths[0] / tokens.dense_length, decision.logits, sample.seg_logits.data[None], sample))
+    return found
+
+
+def rank_correlation(looks, dense, sides):
+    """Of the logits of all images with what the dense model sees, at each level."""
+    values = []
+    for level, side in enumerate(sides):
+        doubts = [region_doubt(class_shares(look[2], 16), side)[0].flatten() for look in dense]
+        logits = [look[1][level].flatten() for look in looks]
+        values.append(scipy.stats.spearmanr(torch.cat(logits), -torch.cat(doubts)).statistic)
+    return values
+
+
+def dense_looks(folder):
+    """What the dense model makes of the scenes that it has not seen."""
+    config = Config.fromfile(folder / 'dense.py')
+    config.model.backbone.update(type='MSViT', gate=dict(type='FixedGate'))
+    config.dump(str(folder / 'all_fine.py'))
+    model = init_model(config, str(folder / 'work/iter_100.pth'), device='cpu')
+    return look(model, folder, folder / 'all_fine.py', 'val')
+
+
+@pytest.mark.parametrize('scales, budget', [((16, 32), 0.6), ((16, 32, 64), 0.35)])
+def test_a_dense_model_is_converted(scales, budget, folder, fit, tmp_path, capsys):
+    out = tmp_path / 'a/b'
+    assert fit('--out', out, '--budget', budget, '--scales', *scales, '--steps', 150) is None
+    printed = capsys.readouterr().out
+    assert '24 images' in printed and 'converted' in printed and 'mIoU' in printed
+    assert sorted(path.name for path in out.iterdir()) == ['checkpoint.pth', 'config.py', 'picture.png']
+    assert cv2.imread(str(out / 'picture.png')).shape[1] == (3 + len(scales)) * 480
+
+    before = torch.load(folder / 'work/iter_100.pth', weights_only=False)['state_dict']
+    after = torch.load(out / 'checkpoint.pth', weights_only=True)['state_dict']
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert {name.split('.')[1] for name in set(after) - set(before)} <= {'gate', 'coarser_gates'}
+
+    model = init_model(str(out / 'config.py'), str(out / 'checkpoint.pth'), device='cpu')
+    assert model.dataset_meta['classes'][0] == 'sky' and not model.backbone.gate_learns
+    inference_model(model, str(folder / 'images/val/00.png'))
+    fitted = look(model, folder, out / 'config.py', 'train')
+    share = np.mean([tokens for tokens, *_ in fitted])
+    assert budget - 0.03 < share <= budget + 1e-6
+
+    dense = dense_looks(folder)
+    found = look(model, folder, out / 'config.py', 'val')
+    assert min(rank_correlation(found, dense, model.backbone.sides[1:])) > 0.7
+
+    def agreement(looks):
+        pairs = [(a[3].pred_sem_seg.data == b[3].pred_sem_seg.data).float().mean() for a, b in zip(looks, dense)]
+        return np.mean(pairs)
+
+    def elsewhere(module, args, logits):
+        """The same answers at other places."""
+        return logits.flatten()[torch.randperm(logits.numel())].view_as(logits)
+
+    for gate in model.backbone.gates:
+        gate.register_forward_hook(elsewhere)
+    random = [agreement(look(model, folder, out / 'config.py', 'val')) for _ in range(3)]
+    assert agreement(found) > max(random)
+
+
+def test_other_ways_to_fit(folder, fit, tmp_path):
+    """An unlabelled folder, a local gate, labels, slide inference, an MSViT that is all fine."""
+    config = Config.fromfile(folder / 'dense.py')
+    config.model.test_cfg = dict(mode='slide', crop_size=(64, 64), stride=(40, 40))
+    config.model.backbone.update(type='MSViT', patch_bias=True, gate=dict(type='FixedGate', coarse=False))
+    config.custom_imports = dict(imports=['mmseg_msvit', 'json'])
+    config.dump(str(folder / 'slide.py'))
+    options = ('--steps', 2, '--gate', 'mlp', '--budget', 0.5, '--limit', 5)
+    assert fit('--out', tmp_path / 'slide', *options, config='slide.py') is None
+    model = init_model(str(tmp_path / 'slide/config.py'), str(tmp_path / 'slide/checkpoint.pth'), device='cpu')
+    assert type(model.backbone.gate).__name__ == 'MLPGate' and 0 < model.backbone.gate.threshold < 1
+    (folder / 'slide.py').unlink()
+    assert fit('--out', tmp_path / 'folder', '--images', folder / 'images/val', '--steps', 2) is None
+    assert fit('--out', tmp_path / 'labels', '--target', 'labels', '--steps', 2, '--limit', 5) is None
+    weights = [torch.load(tmp_path / name / 'checkpoint.pth')['state_dict'] for name in ('folder', 'labels')]
+    assert not torch.equal(*(w['backbone.gate.head.weight'] for w in weights))
+
+
+def test_what_cannot_be_fitted_is_said_in_one_line_and_leaves_nothing(folder, fit, tmp_path):
+    out = tmp_path / 'out'
+    assert fit('--out', out, '--budget', 1.5) == '--budget: wanted a share of the tokens, in (0, 1), got 1.5'
+    end = fit('--out', out, '--scales', 16, 40)
+    assert end.startswith('--scales: scales must be (patch_size, a larger multiple')
+    end = fit('--out', out, '--budget', 0.1, '--steps', 2, '--limit', 2)
+    assert end.startswith('--budget: wanted at least 0.30') and end.endswith('more --scales allow less')
+    end = fit('--out', out, '--target', 'labels', '--images', folder / 'images/val')
+    assert end.startswith('--target labels: wanted labels of each image, got none of')
+    config = Config.fromfile(folder / 'dense.py')
+    train = config.pop('train_dataloader')
+    config.dump(str(folder / 'other.py'))
+    end = fit('--out', out, config='other.py')
+    assert end.startswith('CONFIG: wanted one with a train_dataloader, or --images, got')
+    config.train_dataloader = train
+    config.model.backbone.update(type='MSViT')
+    config.dump(str(folder / 'other.py'))
+    assert 'an MSViT with gate=dict' in fit('--out', out, config='other.py')
+    config.model.backbone = dict(type='ResNetV1c', depth=18)
+    config.dump(str(folder / 'other.py'))
+    assert fit('--out', out, config='other.py', checkpoint='none.pth').startswith('CHECKPOINT: wanted a file')
+    assert not out.exists()
+
+
+def test_an_unfinished_checkpoint_does_not_replace_one(folder, fit, tmp_path, monkeypatch):
+    for name in ('checkpoint.pth', 'config.py'):
+        (tmp_path / name).write_text('as it was')
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, 'save', fail)
+    with pytest.raises(KeyboardInterrupt):
+        fit('--out', tmp_path, '--steps', 2, '--limit', 2)
+    assert all(Path(tmp_path / name).read_text() == 'as it was' for name in ('checkpoint.pth', 'config.py'))

@@ -1,0 +1,84 @@
+"""Turns a trained dense segmentor into one with tokens of several scales, in minutes and without labels.
+
+    python tools/fit_gate.py CONFIG CHECKPOINT --out converted                   # from CONFIG's training images
+    python tools/fit_gate.py CONFIG CHECKPOINT --out converted --images FOLDER   # from any others
+    python tools/fit_gate.py CONFIG CHECKPOINT --out converted --budget 0.4 --scales 16 32 64
+
+CONFIG's backbone is a VisionTransformer, BEiT or MAE of mmseg, or an MSViT, MSBEiT or MSMAE with a FixedGate. Its
+weights and the head's stay as they are; a gate learns where this very model needs its fine tokens. Writes config.py,
+checkpoint.pth and picture.png into --out, and compares both models on at most 100 of the images.
+"""
+
+import argparse
+from pathlib import Path
+
+import cv2
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mmseg_msvit.command_line import InputError, one_line_errors, positive
+from mmseg_msvit.gate_fitting import (
+    GATES,
+    TARGETS,
+    compare,
+    convert,
+    dense_backbone,
+    find_images,
+    find_threshold,
+    fit,
+    gather,
+    write,
+)
+from mmseg_msvit.sweep import set_threshold
+from mmseg_msvit.testset import FileReader, load_config, load_model
+from mmseg_msvit.visualization import draw_image
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('config')
+    parser.add_argument('checkpoint')
+    parser.add_argument('--out', type=Path, required=True, help='folder for the converted model')
+    parser.add_argument('--images', type=Path, help="folder of images; without it those of the config's training set")
+    parser.add_argument('--limit', type=positive, default=500, help='of more images so many are taken')
+    parser.add_argument('--target', choices=TARGETS, default='mixed', help="the model's own doubt, or ground truth")
+    parser.add_argument('--gate', choices=tuple(GATES), default='context')
+    parser.add_argument('--budget', type=float, default=0.6, help='share of the dense tokens that is kept on average')
+    parser.add_argument('--scales', type=positive, nargs='+', help="pixels of a token's side; two by default")
+    parser.add_argument('--steps', type=positive, default=1500, help='of the optimizer, each of 8 images')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    args = parser.parse_args()
+    if not 0 < args.budget < 1:
+        raise InputError(f'--budget: wanted a share of the tokens, in (0, 1), got {args.budget:g}')
+
+    torch.manual_seed(0)
+    config = load_config(args.config)
+    dense = load_model(config, args.checkpoint, args.device, torch.nn.Module)
+    patch = dense_backbone(dense, args.config).patch_size
+    model, changes = convert(config, dense, args.gate, args.scales or (patch, 2 * patch))
+    reader = FileReader(config)
+    images, truths = find_images(config, args.images, args.limit)
+    examples, windows = gather(dense, reader, images, truths, args.target)
+    fit(model, examples, windows, args.budget, args.steps)
+    threshold, share = find_threshold(model, examples, windows, args.budget)
+    write(config, model, changes, threshold, reader.dataset.metainfo, args.out)
+
+    set_threshold(model, threshold)
+    table = Table(title=f'{len(images)} images, threshold {threshold:.4g}: {share:.1%} of the dense tokens')
+    for column in ('', 'tokens', 'backbone GMACs', 'as the dense model', 'mIoU'):
+        table.add_column(column, justify='right' if column else 'left', no_wrap=True)
+    for row in compare(model, examples):
+        miou = '' if row['miou'] is None else f'{row["miou"]:.2f}'
+        table.add_row(
+            row['name'], f'{row["tokens"]:.1f}', f'{row["gmacs"]:.3g}', f'{row["agreement"]:.2f} % of pixels', miou
+        )
+    Console(width=110).print(table)
+    shown = examples[len(examples) // 2]
+    cv2.imwrite(str(args.out / 'picture.png'), draw_image(model, shown.data, reader.palette, shown.labels)[..., ::-1])
+    print(f'{args.out}/config.py and checkpoint.pth; {args.out}/picture.png shows one image')
+
+
+if __name__ == '__main__':
+    with one_line_errors():
+        main()
