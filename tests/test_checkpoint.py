@@ -519,6 +519,19 @@ def test_converter_writes_what_mmsegs_own_vit_loads(images, tmp_path):
     check(dense, timm_features(source, images), images)
 
 
+@pytest.mark.parametrize('model, what', [
+    ('vit_small_patch14_reg4_dinov2', 'register_tokens'), ('vit_giant_patch14_dinov2', 'layers.0.ffn.w12.weight'),
+    ('beit_base_patch16_224', 'relative_position_bias_table'), ('vit_small_patch16_dinov3', 'register_tokens'),
+])  # fmt: skip
+def test_converter_refuses_what_mmsegs_own_vit_cannot_hold(model, what, tmp_path, monkeypatch, capsys):
+    source = timm.create_model(model, **{**PLAIN, 'patch_size': 16 if '16' in model else 14})
+    torch.save(source.state_dict(), tmp_path / 'timm.pth')
+    monkeypatch.setattr(sys, 'argv', ['convert_vit.py', str(tmp_path / 'timm.pth'), str(tmp_path / 'mmseg.pth')])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / 'tools/convert_vit.py'), run_name='__main__')
+    assert what in capsys.readouterr().err and not (tmp_path / 'mmseg.pth').exists()
+
+
 @pytest.mark.parametrize('how', ['init_cfg', 'load_from', 'init_model', 'module'])
 def test_a_dense_segmentor_without_patch_bias_is_not_given_a_random_one(how, images, tmp_path):
     """mmseg's own ViTs have none; here it is zero, so that features are theirs."""
