@@ -272,12 +272,33 @@ def fit(model: nn.Module, examples: List[Example], windows: List[Window], budget
 def find_threshold(
     model: nn.Module, examples: List[Example], windows: List[Window], budget: float
 ) -> Tuple[float, float]:
-    """The one threshold, for all images and levels, that meets a budget on these windows.
+    """The one threshold of the gates, for all images and levels, that meets a budget on these windows.
 
     Args:
         model: with fitted gates.
         examples: by :func:`gather`.
         windows: likewise.
+        budget: the share of the dense tokens, cls and registers among both, over all windows.
+
+    Returns, Raises:
+        As :func:`threshold_within`.
+    """
+    logits = [
+        answers(model.backbone, pixels(model, examples[window.example], window)[None])
+        for window in track(windows, 'threshold')
+    ]
+    return threshold_within(model.backbone, windows, logits, budget)
+
+
+def threshold_within(
+    backbone: MixedScale, windows: Sequence[Window], logits: Sequence[List[Tensor]], budget: float
+) -> Tuple[float, float]:
+    """The one threshold, for all windows and levels, that meets a budget.
+
+    Args:
+        backbone: whose levels and prefix are meant.
+        windows: by :func:`gather`.
+        logits: of each window, (1, hc, wc) for each coarse level, the finest first.
         budget: the share of the dense tokens, cls and registers among both, over all windows.
 
     Returns:
@@ -286,11 +307,9 @@ def find_threshold(
     Raises:
         InputError: even all coarse is not within the budget.
     """
-    backbone = model.backbone
     found: Dict[Grid, List[List[Tensor]]] = {}  # logits of each level, by the grid of cells
-    for window in track(windows, 'threshold'):
-        image = pixels(model, examples[window.example], window)[None]
-        found.setdefault(tuple(window.shares.shape[1:]), []).append(answers(backbone, image))
+    for window, levels in zip(windows, logits):
+        found.setdefault(tuple(window.shares.shape[1:]), []).append(levels)
     groups = {grid: [torch.cat(level) for level in zip(*group)] for grid, group in found.items()}
     prefix = backbone.select.prefix
     dense = sum(len(levels[0]) * (grid[0] * grid[1] + prefix) for grid, levels in groups.items())

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -155,3 +156,18 @@ def build_runner(config, **options):
 def checkpoint(config):
     build_runner(config, **{'train_cfg.max_iters': 2}).train()
     return f'{config.work_dir}/iter_2.pth'
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """Call with a tool's name and arguments: runs it in this process, and gives the message it ends with, or None."""
+
+    def call(name, *args):
+        monkeypatch.setattr(sys, 'argv', [name, *(str(arg) for arg in args)])
+        try:
+            runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')
+        except SystemExit as end:
+            return end.code
+        return None
+
+    return call

@@ -2,7 +2,6 @@
 
 import json
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -63,21 +62,6 @@ def bare(config, tmp_path):
     torch.save(MODELS.build(config.model).state_dict(), tmp_path / 'bare.pth')
     config.dump(str(tmp_path / 'config.py'))
     return str(tmp_path / 'config.py'), str(tmp_path / 'bare.pth')
-
-
-@pytest.fixture
-def tool(monkeypatch):
-    """Call with a tool's name and arguments: runs it in this process, and gives the message it ends with, or None."""
-
-    def call(name, *args):
-        monkeypatch.setattr(sys, 'argv', [name, *(str(arg) for arg in args)])
-        try:
-            runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')
-        except SystemExit as end:
-            return end.code
-        return None
-
-    return call
 
 
 def counted(function):

@@ -1,0 +1,87 @@
+"""The arena: equal tokens for all choosers, what is known is not measured again."""
+
+import json
+from copy import deepcopy
+
+import pytest
+import torch
+from conftest import build_runner
+
+from mmseg_msvit.arena import as_logits, play, score_doubt, score_random, told
+from mmseg_msvit.gate_fitting import convert, find_images, gather
+from mmseg_msvit.testset import FileReader, load_config, load_model
+
+
+@pytest.fixture
+def dense(config):
+    """CONFIG and CHECKPOINT of a dense segmentor on the toy scenes."""
+    for name in ('train_tokens', 'coarse_embed', 'gate_loss'):
+        config.model.backbone.pop(name)
+    config.model.backbone.type = 'VisionTransformer'
+    config.custom_hooks = []
+    config.val_evaluator = config.test_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
+    path = f'{config.work_dir}/config.py'
+    build_runner(config, **{'train_cfg.max_iters': 2}).train()
+    config.dump(path)
+    return path, f'{config.work_dir}/iter_2.pth'
+
+
+def gathered(dense):
+    config = load_config(dense[0])
+    model = load_model(config, dense[1], 'cpu', object)
+    images, truths = find_images(config, None, 4)
+    examples, windows = gather(model, FileReader(config), images, truths, 'mixed')
+    return config, model, examples, windows
+
+
+def test_all_choosers_spend_the_same_and_the_oracle_takes_what_is_sure(dense):
+    config, model, examples, windows = gathered(dense)
+    converted, _ = convert(config, model, 'context', (16, 32))
+    found = {}
+    for name, score in (('random', score_random), ('doubt', score_doubt)):
+        found[name] = play(converted, examples, windows, name, score(converted, examples, windows), 0.6)
+        assert 0.5 < found[name].tokens <= 0.6
+    assert found['random'].tokens == found['doubt'].tokens and found['doubt'].encoder < 0.6
+    everything = play(converted, examples, windows, 'coarse', score_random(converted, examples, windows), None)
+    assert everything.tokens == pytest.approx(10 / 37)
+
+
+def test_told_gates_decide_as_told(dense):
+    config, model, examples, windows = gathered(dense)
+    converted, _ = convert(config, model, 'context', (16, 32, 64))
+    scores = as_logits(score_random(converted, examples, windows))
+    flat = torch.cat([level.flatten() for levels in scores for level in levels])
+    assert len(flat.unique()) == len(flat) and flat.isfinite().all()
+    seen = []
+    handle = converted.backbone.select.register_forward_hook(lambda m, a, out: seen.append(out[1]))
+    with told(converted, scores[:2]):
+        for example in examples[:2]:
+            converted.test_step(
+                dict(inputs=[example.data['inputs']], data_samples=[deepcopy(example.data['data_samples'])])
+            )
+    handle.remove()
+    for decision, levels in zip(seen, scores):
+        assert torch.equal(decision.coarse[1], levels[1].sigmoid() > 0.5)
+
+
+@pytest.mark.slow
+def test_the_tool_goes_on_where_it_stopped(dense, tool, tmp_path, capsys):
+    line = ['arena.py', *dense, '--out', tmp_path, '--scales', '16,32', '--budgets', 0.6, '--smaller', 0.5]
+    line += ['--steps', 2, '--fit-images', 3]
+    assert tool(*line) is None
+    rows = json.loads((tmp_path / 'arena.json').read_text())
+    names = [row['chooser'] for row in rows]
+    assert sorted(names) == sorted(
+        ['dense', 'coarse', 'smaller', 'random', 'variance', 'doubt', 'context', 'mlp', 'context, labels']
+    )
+    chosen = {row['chooser']: row for row in rows}
+    assert chosen['dense']['lost'] == 0 and chosen['smaller']['encoder'] <= 0.5
+    assert all(chosen[name]['tokens'] <= 0.6 for name in names if name != 'dense')
+    assert '| dense |' in (tmp_path / 'arena.md').read_text() and (tmp_path / 'arena.png').stat().st_size > 1000
+    results = tmp_path / 'run_0/results.json'
+    known = json.loads(results.read_text())
+    results.write_text(json.dumps(known[:-1]))
+    capsys.readouterr()
+    assert tool(*line) is None
+    assert capsys.readouterr().out.count('run_0: Result') == 1
+    assert json.loads(results.read_text()) == known

@@ -1,0 +1,205 @@
+"""Compares ways of choosing coarse regions for trained dense segmentors, with nothing retrained.
+
+    python tools/arena.py CONFIG CHECKPOINT [CHECKPOINT ...] --out arena --scales 14,28 14,28,56
+
+Each CHECKPOINT, a seed, runs once over the images of training, from which gates are fitted without labels and with
+them, and once over the test set; then each chooser at each budget runs over the test set. What is finished is not done
+again: the same command goes on where it stopped. Writes arena.json, arena.md and arena.png.
+"""
+
+import argparse
+import json
+import os
+import statistics
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from mmseg_msvit.arena import CHOOSERS, dense, play, score_gates, smaller
+from mmseg_msvit.command_line import one_line_errors, positive
+from mmseg_msvit.flops import PLAIN_VITS
+from mmseg_msvit.gate_fitting import convert, find_images, fit, gather
+from mmseg_msvit.testset import FileReader, load_config, load_model, load_testset
+
+# Fitted gates: name -> kind of gate, and what it is fitted to.
+FITTED = {
+    'context': ('context', 'mixed'),
+    'mlp': ('mlp', 'mixed'),
+    'context, labels': ('context', 'labels'),
+}
+
+
+def save(path: Path, what: list) -> None:
+    """A whole file or none."""
+    unfinished = path.with_name(path.name + '.unfinished')
+    unfinished.write_text(json.dumps(what, indent=2) + '\n')
+    os.replace(unfinished, path)
+
+
+class Contest:
+    """One checkpoint: what has been measured of it, and what that needs, each made when it is first wanted.
+
+    Args:
+        args: of the command line.
+        config: of the dense segmentor.
+        checkpoint: its weights.
+        folder: for results and fitted gates.
+    """
+
+    def __init__(self, args, config, checkpoint: str, folder: Path):
+        self.args, self.config, self.folder = args, config, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model = load_model(config, checkpoint, args.device, PLAIN_VITS)
+        self.reader = FileReader(config)
+        self.file = folder / 'results.json'
+        self.results = json.loads(self.file.read_text()) if self.file.exists() else []
+        self.images = {}
+
+    def gathered(self, which: str):
+        """Images of ``mixed`` or ``labels`` (training) or ``test`` through the dense model."""
+        if which not in self.images:
+            if which == 'test':
+                infos = load_testset(self.config)
+                infos = [infos.get_data_info(i) for i in range(len(infos))][: self.args.limit]
+                images, truths = zip(*((Path(i['img_path']), Path(i['seg_map_path'])) for i in infos))
+            else:
+                images, truths = find_images(self.config, None, self.args.fit_images)
+            target = 'labels' if which == 'labels' else 'mixed'
+            self.images[which] = gather(self.model, self.reader, images, truths, target)
+        return self.images[which]
+
+    def run(self) -> None:
+        """Measures what has not been measured yet."""
+        if not self._known('dense', None):
+            self._add(dense(self.model, self.gathered('test')[0]))
+        for share in self.args.smaller:
+            if not self._known('smaller', None, share):
+                self._add(smaller(self.model, self.gathered('test')[0], share), share)
+        for scales in self.args.scales:
+            for chooser, budget in [('coarse', None), *((c, b) for b in self.args.budgets for c in self._choosers())]:
+                if not self._known(chooser, scales, budget):
+                    model, score = self._model(chooser, scales)
+                    examples, windows = self.gathered('test')
+                    result = play(model, examples, windows, chooser, score(model, examples, windows), budget)
+                    self._add(result, budget)
+
+    def _choosers(self):
+        return [*CHOOSERS, *FITTED]
+
+    def _known(self, chooser, scales, budget=None) -> bool:
+        wanted = dict(chooser=chooser, asked=budget, **({} if scales is None else {'scales': list(scales)}))
+        return any(all(result[key] == value for key, value in wanted.items()) for result in self.results)
+
+    def _add(self, result, asked=None) -> None:
+        self.results.append(dict(asdict(result), asked=asked))
+        save(self.file, self.results)
+        print(f'{self.folder.name}: {result}', flush=True)
+
+    def _model(self, chooser: str, scales):
+        """A converted model, and what gives its regions their scores."""
+        kind, target = FITTED.get(chooser, ('context', 'mixed'))
+        torch.manual_seed(0)  # a gate's first weights
+        model, _ = convert(self.config, self.model, kind, scales)
+        if chooser not in FITTED:
+            return model, CHOOSERS.get(chooser, CHOOSERS['random'])
+        file = self.folder / f'gate_{kind}_{target}_{"-".join(map(str, scales))}.pth'
+        names = [name for name in model.state_dict() if 'gate' in name.split('.')[1]]
+        if not file.exists():
+            fit(model, *self.gathered(target), budget=self.args.fit_budget, steps=self.args.steps)
+            torch.save({name: model.state_dict()[name] for name in names}, file)
+        model.load_state_dict(torch.load(file), strict=False)
+        return model, score_gates
+
+
+def table(contests: dict) -> list:
+    """Rows over all checkpoints: means, spreads, and the share of the gap between all coarse and dense."""
+    rows = {}
+    for results in contests.values():
+        top = next(r['miou'] for r in results if r['chooser'] == 'dense')
+        for r in results:
+            bottom = [b['miou'] for b in results if b['chooser'] == 'coarse' and b['scales'] == r['scales']]
+            gap = (r['miou'] - bottom[0]) / (top - bottom[0]) if bottom and top > bottom[0] else None
+            key = (tuple(r['scales']), r['asked'], r['chooser'])
+            rows.setdefault(key, []).append(dict(r, lost=top - r['miou'], gap=gap))
+    found = []
+    for (scales, asked, chooser), group in rows.items():
+        row = dict(scales=scales, asked=asked, chooser=chooser, runs=len(group))
+        for key in ('tokens', 'encoder', 'backbone', 'miou', 'lost', 'gap'):
+            values = [r[key] for r in group if r[key] is not None]
+            row[key] = statistics.fmean(values) if values else None
+            row[f'{key}_std'] = statistics.stdev(values) if len(values) > 1 else 0.0
+        found.append(row)
+    return sorted(found, key=lambda row: (len(row['scales']), -(row['tokens']), row['chooser']))
+
+
+def markdown(rows: list) -> str:
+    """The table for people."""
+    lines = ['| scales | tokens | encoder MACs | chosen by | mIoU | below dense | of the gap |', '| --- ' * 7 + '|']
+    for row in rows:
+        gap = '' if row['gap'] is None or row['chooser'] in ('dense', 'coarse') else f'{row["gap"]:.0%}'
+        lines.append(
+            f'| {", ".join(map(str, row["scales"]))} | {row["tokens"]:.0%} | {row["encoder"]:.0%} | {row["chooser"]} '
+            f'| {row["miou"]:.2f} +- {row["miou_std"]:.2f} | {row["lost"]:.2f} +- {row["lost_std"]:.2f} | {gap} |'
+        )
+    return '\n'.join(lines) + '\n'
+
+
+def draw(rows: list) -> Figure:
+    """mIoU lost over the encoder's MACs, a line for each chooser and number of scales."""
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout='constrained')
+    axes = figure.subplots()
+    curves = {}
+    for row in rows:
+        if row['chooser'] not in ('dense', 'coarse'):
+            name = row['chooser'] + (f', {len(row["scales"])} scales' if len(row['scales']) > 1 else ' input')
+            curves.setdefault(name, []).append(row)
+    for name, curve in curves.items():
+        curve.sort(key=lambda row: row['encoder'])
+        style = '--' if '3 scales' in name else '-'
+        x, y, spread = ([row[key] for row in curve] for key in ('encoder', 'lost', 'lost_std'))
+        axes.errorbar([100 * v for v in x], [-v for v in y], yerr=spread, marker='o', capsize=3, ls=style, label=name)
+    axes.axhline(0, color='black', lw=0.8)
+    axes.set(xlabel="% of the dense encoder's MACs", ylabel='mIoU against dense')
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, ncol=2)
+    return figure
+
+
+def numbers(text: str) -> tuple:
+    """``14,28`` to (14, 28)."""
+    return tuple(int(part) for part in text.split(','))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('config', help='of the dense segmentor')
+    parser.add_argument('checkpoints', nargs='+', help='of the dense segmentor, one for each seed')
+    parser.add_argument('--scales', type=numbers, nargs='+', default=[(16, 32)], help='as 14,28 14,28,56')
+    parser.add_argument('--budgets', type=float, nargs='+', default=[0.62, 0.47, 0.37], help='shares of the tokens')
+    parser.add_argument('--smaller', type=float, nargs='*', default=[0.6, 0.45, 0.3], help='shares of encoder MACs')
+    parser.add_argument('--steps', type=positive, default=1500, help='of fitting a gate, each of 8 images')
+    parser.add_argument('--fit-budget', type=float, default=0.5, help='where fitted gates are to be most precise')
+    parser.add_argument('--fit-images', type=int, default=500, help='at most so many images of training')
+    parser.add_argument('--limit', type=int, help='of the test set, the first so many images')
+    parser.add_argument('--out', type=Path, default=Path('work_dirs/arena'))
+    parser.add_argument('--device', default='cpu')
+    args = parser.parse_args()
+
+    config = load_config(args.config)
+    contests = {}
+    for number, checkpoint in enumerate(args.checkpoints):
+        contest = Contest(args, config, checkpoint, args.out / f'run_{number}')
+        contest.run()
+        contests[checkpoint] = contest.results
+    rows = table(contests)
+    save(args.out / 'arena.json', rows)
+    (args.out / 'arena.md').write_text(markdown(rows))
+    draw(rows).savefig(args.out / 'arena.png')
+    print(markdown(rows))
+
+
+if __name__ == '__main__':
+    with one_line_errors():
+        main()
