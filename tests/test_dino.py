@@ -21,7 +21,8 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from mmseg_msvit.checkpoint import fit, resample_patch
+from mmseg_msvit.checkpoint import fit
+from mmseg_msvit.resampling import resample_patch
 
 disable_progress_bar()
 
