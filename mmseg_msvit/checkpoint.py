@@ -1,22 +1,17 @@
 """Weights of any plain ViT into MSViT: what a state dict for this backbone must look like, and a report of the rest.
 
-:mod:`.reading` gets tensors out of a file, :mod:`.layouts` gives them their names here.
+:mod:`.reading` gets tensors out of a file, :mod:`.layouts` gives them their names here, :mod:`.resampling` other grids.
 """
 
-import math
 import re
 from dataclasses import dataclass, field
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Tuple
 
 import torch
-import torch.nn.functional as F
-from scipy.interpolate import RectBivariateSpline
 from torch import Tensor, nn
 
 from .layouts import fold_layer_scale, rename
-from .positions import resample_table
-
-Grid = Tuple[int, int]
+from .resampling import resample_grid, resample_patch, resample_positions, resample_relative
 
 PATCH_WEIGHT = 'patch_embed.projection.weight'
 # What gates and their losses have on the grid of regions.
@@ -100,139 +95,6 @@ def _grouped(names: List[str]) -> List[str]:
         parent = '.'.join(name.split('.')[:2]) if name.count('.') > 1 else name
         groups[parent] = groups.get(parent, 0) + 1
     return [parent if count == 1 else f'{parent}.* ({count})' for parent, count in groups.items()]
-
-
-def resample_grid(parameter: Tensor, grid: Grid) -> Tensor:
-    """Values on a region grid, (1, D, gh, gw), on another one."""
-    if tuple(parameter.shape[2:]) == tuple(grid):
-        return parameter
-    return F.interpolate(parameter, size=tuple(grid), mode='bilinear', align_corners=False)
-
-
-def resample_positions(
-    source: Tensor, table: Grid, mode: str, regions: Optional[Grid] = None, side: int = 2
-) -> Tuple[Tensor, Optional[str]]:
-    """A source's position table on the model's grid.
-
-    A table does not say its grid. The region grid of a gate beside it does; else as many cells as the model has are in
-    the model's grid, and a square number of them in a square.
-
-    Args:
-        source: (1, extra + cells, C), where extra are the positions of cls and distillation tokens, 0 to 2 of them.
-        table: (gh, gw) of the model.
-        mode: interpolation mode.
-        regions: (hc, wc), the region grid of the source's gate, if it has one.
-        side: cells along a region's side.
-
-    Returns:
-        (1, 1 + gh * gw, C), and what was done, None for nothing. Without a cls position in the source it is zero: the
-        source adds none to its cls token.
-
-    Raises:
-        ValueError: the source's grid cannot be told.
-    """
-    table = tuple(table)
-    extra, grid = _source_grid(source.shape[1], table, regions, side)
-    if grid == table and extra == 1:
-        return source, None
-    cls = source[:, :1] if extra else torch.zeros_like(source[:, :1])
-    cells = torch.cat((cls, source[:, extra:]), 1)
-    if grid == table and extra == 0:
-        return cells, 'without cls'
-    how = f'{grid[0]}x{grid[1]} -> {table[0]}x{table[1]}' + ('' if extra == 1 else f', {extra} extra positions')
-    if grid == table:
-        return cells, how
-    grid = cells[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2).float()  # (1, C, gh, gw)
-    return torch.cat((cells[:, :1].float(), resample_table(grid, table, mode).flatten(2).mT), 1), how
-
-
-def _source_grid(count: int, table: Grid, regions: Optional[Grid], side: int) -> Tuple[int, Grid]:
-    """Extra positions and grid of a table of so many positions."""
-    for extra in (1, 0, 2):
-        grids = _grids_of_regions(count - extra, regions, side) if regions else []
-        if table in grids:
-            return extra, table
-        if len(grids) == 1:
-            return extra, grids[0]
-    for extra in (1, 0, 2):
-        cells = count - extra
-        if cells == table[0] * table[1]:
-            return extra, table
-        if cells > 0 and math.isqrt(cells) ** 2 == cells:
-            return extra, (math.isqrt(cells),) * 2
-    raise ValueError(
-        f'checkpoint: wanted pos_embed of a square grid or of {table}, with at most 2 more tokens, got {count} '
-        "positions. Set the backbone's img_size to the one that the checkpoint was trained with: positions are "
-        'resampled for images of any other size'
-    )
-
-
-def _grids_of_regions(cells: int, regions: Grid, side: int) -> List[Grid]:
-    """All (h, w) with so many cells in such a region grid, whose last row and column may be cut."""
-    heights, widths = (range((n - 1) * side + 1, n * side + 1) for n in regions)
-    return [(h, w) for h in heights for w in widths if h * w == cells]
-
-
-def resample_relative(source: Tensor, window: Grid) -> Tensor:
-    """A table of relative positions, as BEiT has it, for another window, as mmseg and BEiT themselves do it.
-
-    Offsets near zero keep their bias, and those far off are drawn out: the known ones are laid at the partial sums of a
-    geometric series that reaches the new table's end, and a cubic spline goes through them. A series for each axis, so
-    that windows need not be square.
-
-    Args:
-        source: ((2 n - 1)^2 + 3, heads), of a square window.
-        window: (Wh, Ww) that is wanted.
-
-    Returns:
-        ((2 Wh - 1) (2 Ww - 1) + 3, heads), the last three, of cls, unchanged.
-
-    Raises:
-        ValueError: the source's window is not square.
-    """
-    side = math.isqrt(max(len(source) - 3, 0))
-    if side**2 != len(source) - 3 or side % 2 == 0:
-        raise ValueError(
-            f'checkpoint: wanted relative positions of a square window or of {tuple(window)}, got a table of '
-            f"{len(source)}. Set the backbone's img_size to the one that the checkpoint was trained with: the bias of "
-            'an offset holds for images of any other size'
-        )
-    places = [_geometric_places(side // 2, cells - 1) for cells in window]
-    wanted = [range(1 - cells, cells) for cells in window]
-    grids = source[:-3].float().T.unflatten(1, (side, side)).numpy()  # (heads, 2 n - 1, 2 n - 1)
-    degree = min(3, side - 1)
-    splines = (RectBivariateSpline(*places, grid, kx=degree, ky=degree) for grid in grids)
-    resampled = [torch.from_numpy(spline(*wanted)).flatten() for spline in splines]
-    return torch.cat((torch.stack(resampled, 1).to(source), source[-3:]))
-
-
-def _geometric_places(count: int, end: int) -> List[float]:
-    """-x_n ... 0 ... x_n, where x_i = 1 + q + ... + q^(i - 1) and x_n is about ``end``; q is 1.01 to 1.5."""
-    low, high = 1.01, 1.5
-    while high - low > 1e-6:
-        ratio = (low + high) / 2
-        if (1 - ratio**count) / (1 - ratio) > end:
-            high = ratio
-        else:
-            low = ratio
-    places = [sum(ratio**k for k in range(i)) for i in range(1, count + 1)]
-    return [-x for x in reversed(places)] + [0.0, *places]
-
-
-def resample_patch(weight: Tensor, size: Grid) -> Tensor:
-    """A patch embedding for patches of another size, whose tokens stay as they are when patches are magnified.
-
-    w' = pinv(B^T) w, where B resizes an old patch to a new one (FlexiViT, Beyer et al. 2023).
-
-    Args:
-        weight: (C, channels, p, p).
-        size: of the new patches.
-    """
-    old = weight.shape[2:]
-    unit = torch.eye(math.prod(old), dtype=torch.float64).view(-1, 1, *old)
-    resize = F.interpolate(unit, size=tuple(size), mode='bilinear', antialias=True).flatten(1).T  # (new, old)
-    resampled = weight.double().flatten(2) @ torch.linalg.pinv(resize)  # (C, channels, new)
-    return resampled.unflatten(2, tuple(size)).to(weight.dtype)
 
 
 def adapt(backbone: nn.Module, tensors: Dict[str, Tensor], prefix: str = '') -> Dict[str, str]:

@@ -15,7 +15,8 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 from transformers import BeitConfig, BeitModel
 from transformers.utils.logging import disable_progress_bar
 
-from mmseg_msvit.checkpoint import fit, resample_relative
+from mmseg_msvit.checkpoint import fit
+from mmseg_msvit.resampling import resample_relative
 
 disable_progress_bar()
 

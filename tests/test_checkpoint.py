@@ -29,8 +29,9 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from mmseg_msvit import reading
-from mmseg_msvit.checkpoint import fit, resample_positions
+from mmseg_msvit.checkpoint import fit
 from mmseg_msvit.reading import read_checkpoint, unwrap
+from mmseg_msvit.resampling import resample_positions
 
 SHAPE = dict(img_size=64, embed_dims=32, num_layers=3, num_heads=2, final_norm=True, norm_cfg=dict(type='LN', eps=1e-6))
 

@@ -21,7 +21,8 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from mmseg_msvit.checkpoint import fit, resample_patch
+from mmseg_msvit.checkpoint import fit
+from mmseg_msvit.resampling import resample_patch
 
 disable_progress_bar()
 
@@ -194,6 +195,14 @@ def test_dinov3_of_transformers(where, ffn, tmp_path):
     check(msvit(path, ffn_type=ffn, **V3), of_transformers(source), SIZES[16] if where == 'disk' else SIZES[16][:1])
 
 
+def test_dinov3_of_transformers_without_registers(tmp_path):
+    """It writes an empty tensor of them."""
+    shape = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=64, intermediate_size=128)
+    source = random(DINOv3ViTModel(DINOv3ViTConfig(**shape, num_register_tokens=0)))
+    model = msvit(on_disk(source, tmp_path), **{**V3, 'num_register_tokens': 0})
+    check(model, of_transformers(source), SIZES[16][:1])
+
+
 def timm_dinov3(ffn, bias):
     name = 'vit_small_plus_patch16_dinov3' if ffn == 'swiglu' else 'vit_small_patch16_dinov3'
     more = dict(mlp_ratio=2.75) if ffn == 'swiglu' else {}
@@ -258,6 +267,17 @@ def test_shapes_of_the_larger_ones(name, options):
     model.to('meta')
     fitted, report = fit(model, source.state_dict())
     assert set(fitted) == set(model.state_dict()) and report.unused == []
+
+
+def test_weights_are_there_after_all_is_initialised(tmp_path):
+    """A segmentor's initialisation, which a runner asks for on every rank, comes after and leaves them."""
+    source = timm_dinov2('mlp', 4)
+    init = dict(type='Pretrained', checkpoint=str(save(source.state_dict(), tmp_path / 'a.pth')))
+    backbone = dict(type='MSViT', img_size=70, init_cfg=init, num_register_tokens=4, **TINY, **V2)
+    head = dict(type='FCNHead', in_channels=32, channels=8, num_classes=5, in_index=0)
+    model = MODELS.build(dict(type='EncoderDecoder', backbone=backbone, decode_head=head))
+    model.init_weights()
+    check(model.backbone.eval(), of_timm(source), SIZES[14][:1])
 
 
 def test_layer_scales_are_taken_or_folded(tmp_path):
