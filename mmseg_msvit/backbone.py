@@ -32,7 +32,7 @@ from .tokens import Grid, TokenMap, region_grid
 COARSE_EMBED = ('resize', 'resize+detail')
 OUT_DETAIL = ('none', 'residual')
 FFN_TYPES = ('mlp', 'swiglu')
-ROPES = (None, 'dinov3', 'eva02')
+ROPES = (None, 'dinov3')
 
 
 class MixedScale:
@@ -436,7 +436,7 @@ class MSViT(MixedScale, VisionTransformer):
         layer_scale_init_value: where positive, each branch is scaled by a learned vector, ``gamma_1`` and ``gamma_2``,
             and stochastic depth is on both, as in DINOv2.
         ffn_type: ``'mlp'``, or ``'swiglu'`` as in DINOv2-g, whose hidden width is 2/3 of ``mlp_ratio * embed_dims``.
-        rope: ``'dinov3'`` for its rotary positions in the place of the table, ``'eva02'`` for EVA-02's beside it.
+        rope: ``'dinov3'`` for its rotary positions in the place of the table.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -481,7 +481,7 @@ class MSViT(MixedScale, VisionTransformer):
     def places(self, tokens: TokenMap) -> Places:
         if self.rope is None:
             return Places()
-        return Places(rotary=rotary(self.rope, tokens, self.embed_dims // self.layers[0].attn.num_heads))
+        return Places(rotary=rotary(tokens, self.embed_dims // self.layers[0].attn.num_heads))
 
 
 def _gate_of_level(cfg: dict, level: int) -> dict:

@@ -23,11 +23,11 @@ class Places(NamedTuple):
     """What the attention of every block needs of where tokens are; made once in a forward pass.
 
     Attributes:
-        rotary: sin and cos, (N, 1, d) each, and whether pairs are interleaved; None without rotary positions.
+        rotary: sin and cos, (N, 1, d) each; None without rotary positions.
         relative: of the tokens of each image; None without relative positions.
     """
 
-    rotary: Optional[Tuple[Tensor, Tensor, bool]] = None
+    rotary: Optional[Tuple[Tensor, Tensor]] = None
     relative: Optional[Relative] = None
 
 

@@ -6,8 +6,10 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmseg.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-from .backbone import MSViT
+from .backbone import MixedScale
 from .inspection import find_msvit
+
+UNDECAYED = ('pos_embed', 'cls_token', 'register_tokens')
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -15,8 +17,9 @@ class MSViTLayerDecayConstructor(DefaultOptimWrapperConstructor):
     """Layer decay as for any ViT, with gate and priors outside of it.
 
     With L layers, layer i (from 0) has the rate lr * decay^(L - i), and all that comes before the layers
-    lr * decay^(L + 1). The final norm and what lies outside the backbone have lr, gate and gate losses
-    lr * ``gate_lr_mult``. Vectors (norms and biases), positions, the cls token and the priors are not decayed.
+    lr * decay^(L + 1). The final norm, the outputs' detail and what lies outside the backbone have lr, gate and gate
+    losses lr * ``gate_lr_mult``. Vectors (norms and biases), positions, cls token, registers and the priors are not
+    decayed.
 
     Args:
         optim_wrapper_cfg: as for mmengine's constructor.
@@ -44,23 +47,23 @@ class MSViTLayerDecayConstructor(DefaultOptimWrapperConstructor):
             if not parameter.requires_grad:
                 continue
             scale = self._scale(backbone, name[len(prefix) :]) if name.startswith(prefix) else 1.0
-            still = parameter.ndim == 1 or name.endswith(('pos_embed', 'cls_token')) or '.gate_losses.' in f'.{name}'
+            undecayed = parameter.ndim == 1 or name.endswith(UNDECAYED) or '.gate_losses.' in f'.{name}'
             params.append(
                 dict(
                     params=[parameter],
                     lr=self.base_lr * scale,
-                    weight_decay=0.0 if still or self.base_wd is None else self.base_wd,
+                    weight_decay=0.0 if undecayed or self.base_wd is None else self.base_wd,
                     param_name=name,
                 )
             )
 
-    def _scale(self, backbone: MSViT, name: str) -> float:
+    def _scale(self, backbone: MixedScale, name: str) -> float:
         """What a parameter of the backbone has of the rate."""
         layers = len(backbone.layers)
-        if name.startswith(('gate.', 'gate_losses.')):
+        if name.startswith(('gate.', 'coarser_gates.', 'gate_losses.')):
             return self.gate_lr_mult
         if name.startswith('layers.'):
             return self.layer_decay ** (layers - int(name.split('.')[1]))
-        if backbone.final_norm and name.startswith(f'{backbone.norm1_name}.'):
+        if name.startswith('out_details.') or (backbone.final_norm and name.startswith(f'{backbone.norm1_name}.')):
             return 1.0
         return self.layer_decay ** (layers + 1)

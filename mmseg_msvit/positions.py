@@ -56,41 +56,32 @@ def table_positions(pos_embed: Tensor, table: Grid, grid: Grid, sides: Sequence[
     return torch.cat([level[0].flatten(1).T for level in (*levels, cells)] + [pos_embed[0, :1]])
 
 
-def rotary(kind: str, tokens: TokenMap, dims: int) -> Tuple[Tensor, Tensor, bool]:
-    """Sin and cos of each token's angles, from its centre, (N, 1, d) each; and whether pairs are interleaved.
+def rotary(tokens: TokenMap, dims: int) -> Tuple[Tensor, Tensor]:
+    """Sin and cos of each token's angles, from its centre, as in DINOv3 (Simeoni et al. 2025).
 
-    ``'dinov3'``: angle = 2 pi (2 c / H - 1) / 100^(4 i / d) for the centre c in cells of H, i < d / 4, rows and then
-    columns, twice, for pairs (i, i + d / 2) (Simeoni et al. 2025). ``'eva02'``: angle = c' / 10000^(4 i / d), c' the
-    index of the cell, each twice, for neighbouring pairs (Fang et al. 2023). Prefix rows are not rotated.
+    The angle is 2 pi (2 c / H - 1) / 100^(4 i / d) for the centre c in cells of H and i < d / 4, of rows and then of
+    columns, and all of it once more: entries i and i + d / 2 of a head make a pair. Prefix rows are not rotated.
 
     Args:
-        kind: ``'dinov3'`` or ``'eva02'``.
         tokens: of a batch.
         dims: d, of a head.
 
     Returns:
-        As said, float32.
+        (N, 1, d) each, float32.
     """
     frequency = torch.arange(dims // 4, device=tokens.center.device) * (4 / dims)
-    if kind == 'dinov3':
-        extent = tokens.center.new_tensor(tokens.grid)
-        angle = 2 * math.pi * (2 * tokens.center / extent - 1)[:, :, None] / 100.0**frequency  # (N, 2, d / 4)
-        angle = angle.flatten(1).repeat(1, 2)  # (N, d)
-    else:
-        angle = (tokens.center - 0.5)[:, :, None] / 10000.0**frequency
-        angle = angle.flatten(1).repeat_interleave(2, 1)
+    extent = tokens.center.new_tensor(tokens.grid)
+    angle = 2 * math.pi * (2 * tokens.center / extent - 1)[:, :, None] / 100.0**frequency  # (N, 2, d / 4)
+    angle = angle.flatten(1).repeat(1, 2)  # (N, d)
     angle = torch.where(tokens.level[:, None] < 0, 0, angle)[:, None]  # (N, 1, d)
-    return angle.sin(), angle.cos(), kind != 'dinov3'
+    return angle.sin(), angle.cos()
 
 
-def rotate(qkv: Tensor, sin: Tensor, cos: Tensor, interleaved: bool) -> Tensor:
+def rotate(qkv: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     """Rotates queries and keys, and leaves values: (N, 3, heads, d) to the same."""
     qk, v = qkv[:, :2], qkv[:, 2:]
-    if interleaved:
-        turned = torch.stack((-qk[..., 1::2], qk[..., ::2]), -1).flatten(-2)
-    else:
-        first, second = qk.chunk(2, -1)
-        turned = torch.cat((-second, first), -1)
+    first, second = qk.chunk(2, -1)
+    turned = torch.cat((-second, first), -1)
     sin, cos = sin[:, None], cos[:, None]  # (N, 1, 1, d)
     return torch.cat(((qk * cos + turned * sin).to(qkv.dtype), v), 1)
 

@@ -18,7 +18,6 @@ FAMILIES = {
     'dinov2': dict(type='MSViT', patch_size=14, layer_scale_init_value=0.1, num_register_tokens=4),
     'dinov2-g': dict(type='MSViT', patch_size=14, layer_scale_init_value=0.1, ffn_type='swiglu'),
     'dinov3': dict(type='MSViT', layer_scale_init_value=0.1, num_register_tokens=4, rope='dinov3', qkv_bias='qv'),
-    'eva02-like': dict(type='MSViT', ffn_type='swiglu', rope='eva02'),
     'beit': dict(type='MSBEiT'),
     'mae': dict(type='MSMAE'),
 }

@@ -73,3 +73,16 @@ def test_what_is_not_decayed():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         groups(**options)
+
+
+def test_what_more_scales_and_other_families_add():
+    options = dict(scales=(16, 32, 64), num_register_tokens=2, out_detail='residual', layer_scale_init_value=0.1)
+    found = groups(options, layer_decay=0.5, gate_lr_mult=10)
+    name = next(n for n in found if n.startswith('backbone.coarser_gates.0.') and found[n]['params'][0].ndim > 1)
+    assert found[name]['lr'] == 1e-2
+    assert found['backbone.register_tokens']['lr'] == pytest.approx(0.0625e-3)
+    assert found['backbone.register_tokens']['weight_decay'] == 0
+    assert (
+        found['backbone.layers.2.gamma_1']['lr'] == 0.5e-3 and found['backbone.layers.2.gamma_1']['weight_decay'] == 0
+    )
+    assert all(group['lr'] == 1e-3 for n, group in found.items() if 'out_details' in n)
