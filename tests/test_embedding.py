@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmseg_msvit.embedding import area_mean, pad_to_regions, patchify, position_tables
+from mmseg_msvit.embedding import area_mean, pad_to_regions, patchify
+from mmseg_msvit.positions import resample_table, table_positions
 
 
 def test_patchify_is_a_convolutions_order():
@@ -27,27 +28,48 @@ def test_padding_to_whole_regions(size, grid, padded):
     assert torch.equal(out[..., : size[0], : size[1]], images) and out.count_nonzero() == images.numel()
 
 
+def levels(table, known, grid, sides, mode='bilinear'):
+    """Positions of each level, the finest first, and of cls."""
+    counts = [-(-grid[0] // side) * -(-grid[1] // side) for side in sides]
+    *parts, cls = table_positions(table, known, grid, sides, mode).split([*reversed(counts), 1])
+    return parts[::-1], cls
+
+
+@pytest.mark.parametrize('sides', [(1, 2), (1, 2, 4), (1, 3)])
 @pytest.mark.parametrize('grid', [(4, 6), (3, 5), (1, 1)])
-def test_coarse_positions_are_the_mean_over_the_cells_that_exist(grid):
+def test_coarse_positions_are_the_mean_over_the_cells_that_exist(grid, sides):
     table = torch.randn(1, 1 + grid[0] * grid[1], 7)
-    cls, coarse, fine = position_tables(table, grid, grid, 2, 'bicubic')
+    (fine, *coarse), cls = levels(table, grid, grid, sides)
     assert torch.equal(torch.cat((cls, fine)), table[0])
     fine = fine.view(*grid, 7)
-    wc = -(-grid[1] // 2)
-    for i, position in enumerate(coarse):
-        y, x = 2 * (i // wc), 2 * (i % wc)
-        torch.testing.assert_close(position, fine[y : y + 2, x : x + 2].mean((0, 1)))
+    for positions, side in zip(coarse, sides[1:]):
+        wc = -(-grid[1] // side)
+        for i, position in enumerate(positions):
+            y, x = side * (i // wc), side * (i % wc)
+            torch.testing.assert_close(position, fine[y : y + side, x : x + side].mean((0, 1)))
 
 
 def test_coarse_positions_are_the_linear_interpolation_of_the_fine_ones():
-    table = torch.randn(1, 1 + 6 * 8, 5)
-    _, coarse, fine = position_tables(table, (6, 8), (6, 8), 2, 'bicubic')
+    (fine, coarse), _ = levels(torch.randn(1, 1 + 6 * 8, 5), (6, 8), (6, 8), (1, 2))
     half = F.interpolate(fine.T.view(1, 5, 6, 8), scale_factor=0.5, mode='bilinear', align_corners=False)
     torch.testing.assert_close(coarse.T.view(1, 5, 3, 4), half)
 
 
 def test_grids_are_compared_by_their_sides():
     table = torch.randn(1, 17, 3)
-    _, _, fine = position_tables(table, (4, 4), (2, 8), 2, 'bilinear')
+    (fine, _), _ = levels(table, (4, 4), (2, 8), (1, 2))
     wanted = F.interpolate(table[:, 1:].mT.view(1, 3, 4, 4), size=(2, 8), mode='bilinear', align_corners=False)
     torch.testing.assert_close(fine.T.view(1, 3, 2, 8), wanted)
+
+
+@pytest.mark.parametrize('mode', ['bilinear', 'bicubic', 'nearest'])
+def test_a_table_is_resampled_with_or_without_smoothing(mode):
+    table = torch.randn(1, 3, 9, 9)
+    plain = resample_table(table, (4, 5), mode)
+    align = None if mode == 'nearest' else False
+    torch.testing.assert_close(plain, F.interpolate(table, size=(4, 5), mode=mode, align_corners=align))
+    if mode != 'nearest':
+        smooth = resample_table(table, (4, 5), f'{mode}-antialias')
+        assert smooth.var() < plain.var()
+        wanted = F.interpolate(table, size=(4, 5), mode=mode, align_corners=False, antialias=True)
+        torch.testing.assert_close(smooth, wanted)
