@@ -26,7 +26,8 @@ from .gate_losses import GateLoss
 from .gates import Gate
 from .positions import rotary, table_positions
 from .reading import read_checkpoint, tensors_below
-from .tokens import Decision, Grid, TokenMap, TokenSelector, raise_not_finite, region_grid
+from .selection import Decision, TokenSelector, raise_not_finite
+from .tokens import Grid, TokenMap, region_grid
 
 COARSE_EMBED = ('resize', 'resize+detail')
 OUT_DETAIL = ('none', 'residual')
@@ -60,8 +61,8 @@ class MixedScale:
         ValueError: an argument is out of range; the message names it.
     """
 
-    # Called with (backbone, tokens) at each forward pass of any MixedScale in evaluation mode, and held weakly. An
-    # evaluator's metric is built without the model: this is how it sees the tokens.
+    # Called with (backbone, tokens) at each forward pass of any MixedScale in evaluation mode, their begin() where one
+    # is set to that mode; held weakly. An evaluator's metric is built without the model: so it sees the tokens.
     observers: ClassVar[WeakSet] = WeakSet()
 
     # What the library's class may lack.
@@ -71,6 +72,8 @@ class MixedScale:
     pre_norm = False
     with_cp = False
     interpolate_mode = 'bicubic'
+    # Ends of the names of what a checkpoint may lack, to keep its first values.
+    may_lack: ClassVar[Tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -148,6 +151,10 @@ class MixedScale:
     def _block(self, layer: nn.Module) -> nn.Module:
         return block_of(layer)
 
+    def to_own_names(self, tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """A ViT's tensors by the names that they have in mmseg's ViT, to the same by this backbone's names."""
+        return tensors
+
     @property
     def gates(self) -> List[Gate]:
         """One for each coarse level, the finest first."""
@@ -167,14 +174,16 @@ class MixedScale:
         """As the library's ViT; gates, and what else is not the library's, keep their own first values.
 
         A checkpoint that ``init_cfg`` or ``pretrained`` names may be of any layout that :mod:`.checkpoint` knows, and
-        of several models one, by ``init_cfg``'s ``prefix``; the log says what was made of it.
+        of several models one, by ``init_cfg``'s ``prefix``; the log says what was made of it. With
+        ``resample_patch=True`` in ``init_cfg`` it may be of another patch size.
 
         Raises:
             ValueError: the checkpoint cannot be read, or is not of this architecture.
         """
         if isinstance(self.init_cfg, dict) and self.init_cfg['type'].startswith('Pretrained'):
             path, prefix = self.init_cfg['checkpoint'], self.init_cfg.get('prefix', '')
-            tensors, report = fit(self, tensors_below(read_checkpoint(path), prefix))
+            tensors = tensors_below(read_checkpoint(path), prefix)
+            tensors, report = fit(self, tensors, self.init_cfg.get('resample_patch', False))
             self.load_state_dict(tensors, strict=False)
             print_log(f'{path}: {report}', logger='current')
             if self.gate.init_cfg is not None:  # a gate of its own takes precedence
@@ -348,6 +357,9 @@ class MixedScale:
     def train(self, mode: bool = True) -> 'MixedScale':
         """As the library's ViT, which returns nothing; torch's convention is to return the module."""
         super().train(mode)
+        if not mode:
+            for observer in self.observers:
+                observer.begin()
         return self
 
     def __getstate__(self) -> dict:
@@ -456,7 +468,9 @@ class MSViT(MixedScale, VisionTransformer):
         self.rope = rope
         super().__init__(*args, patch_bias=patch_bias, qkv_bias=bool(qkv_bias), **kwargs)
         if rope == 'dinov3':
-            self.pos_embed.requires_grad_(False)  # it is kept for mmseg's constructor only, and added to nothing
+            # It is no parameter and in no state dict: there for mmseg's initialisation only, and added to nothing.
+            del self.pos_embed
+            self.register_buffer('pos_embed', torch.zeros(1, 1, self.embed_dims), persistent=False)
 
     def _block(self, layer: nn.Module) -> nn.Module:
         return block_of(layer, **self._of_block)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from .backbone import MixedScale
 from .gates import CERTAIN, FixedGate
-from .tokens import Grid, TokenMap, TokenSelector
+from .selection import TokenSelector
+from .tokens import Grid, TokenMap
 
 
 def first_values(config: Config) -> nn.Module:

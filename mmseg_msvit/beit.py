@@ -1,6 +1,6 @@
 """mmseg's BEiT and MAE over tokens of several scales."""
 
-from typing import Optional
+from typing import ClassVar, Dict, Optional, Tuple
 
 from mmseg.models.backbones import MAE, BEiT
 from mmseg.registry import MODELS
@@ -22,6 +22,17 @@ class MSBEiT(MixedScale, BEiT):
     mmseg's cuts them off.
     """
 
+    def to_own_names(self, tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        own = {}
+        for name, tensor in tensors.items():
+            name = name.replace('.attn.attn.in_proj_', '.attn.qkv.').replace('.attn.attn.out_proj.', '.attn.proj.')
+            if name.endswith('.attn.qkv.bias') and self.layers[0].attn.q_bias is not None:
+                # A key's bias adds the same to all scores of a query, which the softmax takes away again.
+                own[name.replace('qkv.bias', 'q_bias')], _, own[name.replace('qkv.bias', 'v_bias')] = tensor.chunk(3)
+            else:
+                own[name] = tensor
+        return own
+
     def position(self, tokens: TokenMap) -> Optional[Tensor]:
         return None
 
@@ -36,4 +47,8 @@ class MSMAE(MixedScale, MAE):
     Takes every argument of mmseg's :class:`MAE` and those of :class:`MixedScale`, as :class:`MSBEiT` does.
     """
 
+    # Masked autoencoders are trained without both.
+    may_lack: ClassVar[Tuple[str, ...]] = ('relative_position_bias_table', 'gamma_1', 'gamma_2')
+
     places = MSBEiT.places
+    to_own_names = MSBEiT.to_own_names

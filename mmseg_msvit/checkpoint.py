@@ -10,22 +10,48 @@ from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
-from mmseg.models.backbones import VisionTransformer
+from scipy.interpolate import RectBivariateSpline
 from torch import Tensor, nn
 
 from .layouts import fold_layer_scale, rename
+from .positions import resample_table
 
 Grid = Tuple[int, int]
 
 PATCH_WEIGHT = 'patch_embed.projection.weight'
-# mmseg's ViT and CLIP's have none, which is a bias of zero.
-PATCH_BIAS = 'patch_embed.projection.bias'
-# The share of the backbone's own tensors that a checkpoint must have.
-ENOUGH = 0.9
-# Tensors that a backbone may have of its own; the rest is mmseg's ViT, which a checkpoint must fit.
+# What gates and their losses have on the grid of regions.
+REGION_GRIDS = r'(gate|coarser_gates\.\d+)\.pos_embed|gate_losses\.\d+\.prior_\w+'
+# Tensors that a backbone may have of its own; the rest is the library's ViT, which a checkpoint must fit.
 ADDED = ('gate.', 'coarser_gates.', 'gate_losses.', 'coarse_detail.', 'coarser_details.', 'out_details.')
-# Where attention, FFN and what comes before them are: a tensor there that finds no place changes every feature.
-INNER = ('patch_embed.', 'ln_pre.', 'layers.')
+# A tensor that a source has there and that finds no place changes every feature.
+INNER = ('patch_embed.', 'pos_embed', 'register_tokens', 'ln_pre.', 'layers.')
+# What a backbone needs besides weights.
+NEEDED = ('cls_token', 'pos_embed', 'register_tokens', 'gamma_1', 'gamma_2', 'relative_position_bias_table')
+
+NO_PLACE, MISSING = 'finds no place', 'is missing'
+# What is wrong with a tensor -> what to set.
+ADVICE = (
+    (r'^cls_token \(', 'embed_dims'),
+    (rf'^cls_token {MISSING}', 'with_cls_token=False'),
+    (rf'^pos_embed {MISSING}', "rope='dinov3' or type='MSBEiT', which have no table of positions"),
+    (rf'^pos_embed {NO_PLACE}', "rope=None or type='MSMAE', which have a table of positions"),
+    (rf'^register_tokens {MISSING}', 'num_register_tokens=0'),
+    (r'^register_tokens', 'num_register_tokens'),
+    (r'^patch_embed\.projection\.weight', 'patch_size and in_channels, or resample_patch=True in init_cfg'),
+    (r'^patch_embed\.projection\.bias', 'patch_bias=True'),
+    (r'^patch_embed\.norm', 'patch_norm'),
+    (r'^ln_pre', 'pre_norm'),
+    (r'^layers\.\d+\.ln1\.weight', 'num_layers'),
+    (rf'^ln1\.weight {MISSING}', 'final_norm=False'),
+    (rf'gamma_\d {MISSING}', 'layer_scale_init_value=0'),
+    (r'attn\.(in_proj_|out_proj\.)bias', 'qkv_bias=True'),
+    (r'attn\.(qkv\.bias|[qv]_bias)', 'qv_bias=True'),
+    (r'ffn\.\S+ \(', 'mlp_ratio'),
+    (rf'ffn\.\S+ {MISSING}|ffn\.w\S+ {NO_PLACE}', 'ffn_type'),
+    (rf'relative_position_bias_table {NO_PLACE}', "type='MSBEiT' or 'MSMAE', which have relative positions"),
+    (rf'relative_position_bias_table {MISSING}', "type='MSViT', which has no relative positions"),
+    (r'relative_position_bias_table', 'num_heads'),
+)
 
 
 @dataclass
@@ -116,7 +142,8 @@ def resample_positions(
     how = f'{grid[0]}x{grid[1]} -> {table[0]}x{table[1]}' + ('' if extra == 1 else f', {extra} extra positions')
     if grid == table:
         return cells, how
-    return VisionTransformer.resize_pos_embed(cells.float(), table, grid, mode), how
+    grid = cells[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2).float()  # (1, C, gh, gw)
+    return torch.cat((cells[:, :1].float(), resample_table(grid, table, mode).flatten(2).mT), 1), how
 
 
 def _source_grid(count: int, table: Grid, regions: Optional[Grid], side: int) -> Tuple[int, Grid]:
@@ -146,11 +173,75 @@ def _grids_of_regions(cells: int, regions: Grid, side: int) -> List[Grid]:
     return [(h, w) for h in heights for w in widths if h * w == cells]
 
 
-def adapt(backbone: nn.Module, tensors: Dict[str, Tensor], prefix: str = '') -> Dict[str, str]:
-    """Brings the state dict of an MSViT or a plain ViT, in place, to this backbone's grids and patch embedding.
+def resample_relative(source: Tensor, window: Grid) -> Tensor:
+    """A table of relative positions, as BEiT has it, for another window, as mmseg and BEiT themselves do it.
+
+    Offsets near zero keep their bias, and those far off are drawn out: the known ones are laid at the partial sums of a
+    geometric series that reaches the new table's end, and a cubic spline goes through them. A series for each axis, so
+    that windows need not be square.
 
     Args:
-        backbone: an MSViT.
+        source: ((2 n - 1)^2 + 3, heads), of a square window.
+        window: (Wh, Ww) that is wanted.
+
+    Returns:
+        ((2 Wh - 1) (2 Ww - 1) + 3, heads), the last three, of cls, unchanged.
+
+    Raises:
+        ValueError: the source's window is not square.
+    """
+    side = math.isqrt(max(len(source) - 3, 0))
+    if side**2 != len(source) - 3 or side % 2 == 0:
+        raise ValueError(
+            f'checkpoint: wanted relative positions of a square window or of {tuple(window)}, got a table of '
+            f"{len(source)}. Set the backbone's img_size to the one that the checkpoint was trained with: the bias of "
+            'an offset holds for images of any other size'
+        )
+    places = [_geometric_places(side // 2, cells - 1) for cells in window]
+    wanted = [range(1 - cells, cells) for cells in window]
+    grids = source[:-3].float().T.unflatten(1, (side, side)).numpy()  # (heads, 2 n - 1, 2 n - 1)
+    degree = min(3, side - 1)
+    splines = (RectBivariateSpline(*places, grid, kx=degree, ky=degree) for grid in grids)
+    resampled = [torch.from_numpy(spline(*wanted)).flatten() for spline in splines]
+    return torch.cat((torch.stack(resampled, 1).to(source), source[-3:]))
+
+
+def _geometric_places(count: int, end: int) -> List[float]:
+    """-x_n ... 0 ... x_n, where x_i = 1 + q + ... + q^(i - 1) and x_n is about ``end``; q is 1.01 to 1.5."""
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        if (1 - ratio**count) / (1 - ratio) > end:
+            high = ratio
+        else:
+            low = ratio
+    places = [sum(ratio**k for k in range(i)) for i in range(1, count + 1)]
+    return [-x for x in reversed(places)] + [0.0, *places]
+
+
+def resample_patch(weight: Tensor, size: Grid) -> Tensor:
+    """A patch embedding for patches of another size, whose tokens stay as they are when patches are magnified.
+
+    w' = pinv(B^T) w, where B resizes an old patch to a new one (FlexiViT, Beyer et al. 2023).
+
+    Args:
+        weight: (C, channels, p, p).
+        size: of the new patches.
+    """
+    old = weight.shape[2:]
+    unit = torch.eye(math.prod(old), dtype=torch.float64).view(-1, 1, *old)
+    resize = F.interpolate(unit, size=tuple(size), mode='bilinear', antialias=True).flatten(1).T  # (new, old)
+    resampled = weight.double().flatten(2) @ torch.linalg.pinv(resize)  # (C, channels, new)
+    return resampled.unflatten(2, tuple(size)).to(weight.dtype)
+
+
+def adapt(backbone: nn.Module, tensors: Dict[str, Tensor], prefix: str = '') -> Dict[str, str]:
+    """Brings the state dict of this ViT for another image size, or of a plain one, in place, to this backbone's grids.
+
+    A bias that it lacks is zero, as in mmseg's and CLIP's patch embeddings.
+
+    Args:
+        backbone: of any family.
         tensors: by their names here.
         prefix: what comes before these names.
 
@@ -163,30 +254,31 @@ def adapt(backbone: nn.Module, tensors: Dict[str, Tensor], prefix: str = '') -> 
     done = {}
     gate = tensors.get(f'{prefix}gate.pos_embed')
     regions = tuple(gate.shape[2:]) if gate is not None and gate.ndim == 4 else None
-    positions = tensors.get(f'{prefix}pos_embed')
-    if positions is not None and positions.ndim == 3:
-        positions, how = resample_positions(
-            positions, backbone.table, backbone.interpolate_mode, regions, backbone.sides[1]
-        )
-        tensors[f'{prefix}pos_embed'] = positions
-        if how is not None:
-            done['pos_embed'] = how
-    for name, own in backbone.named_parameters():
-        source = tensors.get(prefix + name)
-        if (
-            source is None
-            or source.ndim != 4
-            or not re.fullmatch(r'(gate|coarser_gates\.\d+)\.pos_embed|gate_losses\.\d+\.prior_\w+', name)
-        ):
+    # A state dict without the patch embedding is not a ViT's, and says nothing about its biases.
+    whole = f'{prefix}{PATCH_WEIGHT}' in tensors
+    for name, own in backbone.state_dict().items():
+        source, how = tensors.get(prefix + name), None
+        if source is None:
+            lacks_bias = name.endswith('bias') and f'{prefix}{name[:-4]}weight' in tensors
+            if whole and lacks_bias and not name.startswith(ADDED):
+                source, how = torch.zeros_like(own), 'is zero: the source has none'
+        elif name == 'pos_embed' and source.ndim == 3:
+            source, how = resample_positions(
+                source, backbone.table, backbone.interpolate_mode, regions, backbone.sides[1]
+            )
+        elif name.endswith('relative_position_index'):
+            source = own  # it follows from the window
+        elif source.shape == own.shape:
             continue
-        if source.shape[2:] != own.shape[2:]:
-            tensors[prefix + name] = resample_grid(source.float(), own.shape[2:])
-            done[name] = '{}x{} -> {}x{}'.format(*source.shape[2:], *own.shape[2:])
-    bias = backbone.patch_embed.projection.bias
-    # A state dict without the patch embedding is not a ViT's, and says nothing about its bias.
-    if bias is not None and f'{prefix}{PATCH_WEIGHT}' in tensors and f'{prefix}{PATCH_BIAS}' not in tensors:
-        tensors[f'{prefix}{PATCH_BIAS}'] = torch.zeros_like(bias)
-        done[PATCH_BIAS] = 'is zero: the source has none'
+        elif name.endswith('relative_position_bias_table'):
+            source, how = resample_relative(source, backbone.table), f'{len(source)} -> {len(own)} offsets'
+        elif source.ndim == 4 and re.fullmatch(REGION_GRIDS, name):
+            how = '{}x{} -> {}x{}'.format(*source.shape[2:], *own.shape[2:])
+            source = resample_grid(source.float(), own.shape[2:])
+        if source is not None:
+            tensors[prefix + name] = source
+        if how is not None:
+            done[name] = how
     return done
 
 
@@ -201,49 +293,67 @@ def misshapen(module: nn.Module, tensors: Dict[str, Tensor], prefix: str = '') -
 
 
 def misfits(backbone: nn.Module, tensors: Dict[str, Tensor], prefix: str = '') -> Dict[str, str]:
-    """What keeps the tensors of a whole ViT from being this backbone's: name, without prefix -> why.
-
-    Those that only the backbone has, such as a final norm or biases, may keep their first values.
-    """
+    """What keeps the tensors of a whole ViT from being this backbone's: name, without prefix -> why."""
     source = [name[len(prefix) :] for name in tensors if name.startswith(prefix)]
     own = [name for name in backbone.state_dict() if not name.startswith(ADDED)]
     wrong = {name: how for name, how in misshapen(backbone, tensors, prefix).items() if not name.startswith(ADDED)}
-    wrong.update({name: 'finds no place' for name in source if name.startswith(INNER) and name not in own})
-    needed = [name for name in own if name == 'pos_embed' or name.startswith(INNER) and name.endswith('weight')]
-    wrong.update({name: 'is missing' for name in needed if name not in source})
+    wrong.update({name: NO_PLACE for name in source if name.startswith(INNER) and name not in own})
+    needed = [name for name in own if name.endswith(('weight', *NEEDED)) and not name.endswith(backbone.may_lack)]
+    wrong.update({name: MISSING for name in needed if name not in source})
     return wrong
 
 
 def refuse(wrong: Dict[str, str], report: object = '') -> None:
-    """Raises a ValueError if anything is wrong."""
-    if wrong:
-        raise ValueError(f'checkpoint: wanted the tensors of this very ViT, got {_complaint(wrong)}\n{report}')
-
-
-def _complaint(wrong: Dict[str, str]) -> str:
-    return (
-        f'{len(wrong)} that do not fit: {"; ".join(_listed(wrong))}. Set patch_size, in_channels, embed_dims, '
-        'num_layers, mlp_ratio, qkv_bias, patch_bias, patch_norm and pre_norm of the backbone to what the checkpoint '
-        'was trained with; what none of these makes (relative positions, norms of q and k, gated FFNs) needs another '
-        'type of backbone'
+    """Raises a ValueError, with what to set, if anything is wrong."""
+    if not wrong:
+        return
+    advice = _advice(wrong)
+    advice = f"Set the backbone's {'; '.join(advice)}" if advice else 'No argument of the backbone makes such blocks'
+    raise ValueError(
+        f'checkpoint: wanted the tensors of this very ViT, got {len(wrong)} that do not fit: '
+        f'{"; ".join(_listed(wrong))}. {advice}\n{report}'
     )
 
 
-def fit(backbone: nn.Module, tensors: Dict[str, Tensor]) -> Tuple[Dict[str, Tensor], Report]:
+def _advice(wrong: Dict[str, str]) -> List[str]:
+    """What to set, for all that is wrong."""
+    blocks = tuple(name[: -len('ln1.weight')] for name in wrong if re.fullmatch(r'layers\.\d+\.ln1\.weight', name))
+    advice = []
+    for name, how in wrong.items():
+        if name.startswith(blocks) and not name.endswith('.ln1.weight'):
+            continue  # of a block that is there too much or missing
+        advice += [what for pattern, what in ADVICE if re.search(pattern, f'{name} {how}')][:1]
+    return ['embed_dims'] if 'embed_dims' in advice else list(dict.fromkeys(advice))
+
+
+def fit(
+    backbone: nn.Module, tensors: Dict[str, Tensor], resample_patches: bool = False
+) -> Tuple[Dict[str, Tensor], Report]:
     """A state dict for the backbone out of the tensors of any known layout.
 
     Layer scale is folded into the projections before it where the backbone's blocks have none.
 
+    Args:
+        backbone: of any family.
+        tensors: of a file.
+        resample_patches: whether a patch embedding of another patch size is resampled, by :func:`resample_patch`.
+
     Raises:
-        ValueError: less than 90 % of the backbone's own tensors, those of gate and gate losses aside, are there; or one
-            of its patch embedding and blocks finds no place or is of another shape; or positions' grid cannot be told.
+        ValueError: one of the ViT's tensors is missing, of another shape, or finds no place; or positions' grid cannot
+            be told.
     """
     layout, renamed, others = rename(tensors)
     report = Report(layout, unused=others)
     target = backbone.state_dict()
-    folded = 0 if any('.gamma1.' in name for name in target) else fold_layer_scale(renamed)
+    folded = 0 if 'layers.0.gamma_1' in target else fold_layer_scale(renamed)
     if folded:
-        report.resized[f'{folded} layer scales'] = 'are folded into attn.out_proj and ffn.layers.1'
+        report.resized[f'{folded} layer scales'] = 'are folded into the projections before them'
+    renamed = backbone.to_own_names(renamed)
+    if resample_patches and PATCH_WEIGHT in renamed:
+        old, new = renamed[PATCH_WEIGHT].shape[2:], target[PATCH_WEIGHT].shape[2:]
+        if old != new:
+            renamed[PATCH_WEIGHT] = resample_patch(renamed[PATCH_WEIGHT], new)
+            report.resized[PATCH_WEIGHT] = '{}x{} -> {}x{} pixels'.format(*old, *new)
     report.resized.update(adapt(backbone, renamed))
     report.misshapen = misshapen(backbone, renamed)
     fitted = {}
@@ -255,13 +365,5 @@ def fit(backbone: nn.Module, tensors: Dict[str, Tensor]) -> Tuple[Dict[str, Tens
             if name not in report.resized:
                 report.matched.append(name)
     report.initial = [name for name in target if name not in fitted]
-    wrong = misfits(backbone, renamed)
-    own = [name for name in target if not name.startswith(ADDED)]
-    share = sum(name in fitted for name in own) / len(own)
-    if share < ENOUGH:
-        more = f' and {_complaint(wrong)}' if wrong else ''
-        raise ValueError(
-            f'checkpoint: wanted at least {ENOUGH:.0%} of the backbone, got {share:.0%} of its tensors{more}\n{report}'
-        )
-    refuse(wrong, report)
+    refuse(misfits(backbone, renamed), report)
     return fitted, report

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .gate_losses import GateLoss, gather_batch
-from .tokens import Decision, TokenMap
+from .selection import Decision
+from .tokens import TokenMap
 
 # Nats: where most regions have no doubt at all, as in labels, it is the least that counts as some.
 LEAST_DOUBT = 1e-3

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from .backbone import MixedScale
 from .blocks import block_of
 from .gates import VarianceGate
-from .tokens import Grid, TokenMap, TokenSelector, region_grid
+from .selection import TokenSelector
+from .tokens import Grid, TokenMap, region_grid
 
 # mmseg's, whose blocks can be counted.
 PLAIN_VITS = (VisionTransformer, BEiT)

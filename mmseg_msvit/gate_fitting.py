@@ -31,8 +31,9 @@ from .flops import add_up, pass_costs
 from .gate_losses import IGNORE_INDEX
 from .gates import FixedGate
 from .inspection import record_tokens
+from .selection import TokenSelector
 from .testset import FileReader, list_images
-from .tokens import Grid, TokenSelector
+from .tokens import Grid
 
 # The mixed-scale backbone that takes over a dense one's weights, by the dense one's class.
 STANDS_IN = {'VisionTransformer': 'MSViT', 'BEiT': 'MSBEiT', 'MAE': 'MSMAE'}

@@ -16,7 +16,8 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from .embedding import patchify
-from .tokens import Decision, TokenMap
+from .selection import Decision
+from .tokens import TokenMap
 
 # Probabilities are clipped to [CLIP, 1 - CLIP] before a CDF sees them: at 0 and 1 its slope is infinite.
 CLIP = 1e-3

@@ -55,8 +55,8 @@ class GateLossHook(ViTWeightsHook):
 
     They appear as ``gate.loss_*``. Logged beside them are ``gate.tokens`` (active tokens of an image, a batch's mean),
     and ``gate.coarse_fraction``, ``gate.entropy`` and ``gate.conditionality`` of each level, see
-    :meth:`~mmseg_msvit.tokens.Decision.statistics`. It is a forward hook on the model, there from ``before_train`` to
-    ``after_train``.
+    :meth:`~mmseg_msvit.selection.Decision.statistics`. It is a forward hook on the model, there from ``before_train``
+    to ``after_train``.
     """
 
     def before_train(self, runner) -> None:

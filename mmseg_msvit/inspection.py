@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .backbone import MixedScale
 from .gate_losses import region_purity
-from .tokens import Decision, TokenMap
+from .selection import Decision
+from .tokens import TokenMap
 
 
 def find_msvit(model: nn.Module) -> MixedScale:

@@ -2,11 +2,10 @@
 
 from collections import deque
 from typing import Any, Dict, List, MutableMapping, Optional, Sequence
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import numpy as np
 from mmengine.evaluator import BaseMetric
-from mmengine.logging import MessageHub
 from mmseg.registry import METRICS
 
 from .backbone import MixedScale
@@ -42,7 +41,7 @@ def summarize_costs(images: List[Dict[str, int]]) -> Dict[str, Any]:
 
 
 class Recorder:
-    """Keeps the forward passes until a metric takes them.
+    """Keeps the forward passes of an evaluation until a metric takes them.
 
     All metrics share one, which lives as long as they: a runner has a metric for validation and one for test, and the
     idle one must not collect the other's images.
@@ -51,29 +50,22 @@ class Recorder:
     def __init__(self):
         # No image has so many windows: only what nobody ever takes is lost.
         self.passes = deque(maxlen=4096)
+        self.metrics: WeakSet = WeakSet()
+
+    def begin(self) -> None:
+        """Forgets what an evaluation that was interrupted, or had no metric, has left."""
+        self.passes.clear()
+        for metric in self.metrics:
+            metric.results.clear()
 
     def __call__(self, backbone: MixedScale, tokens: TokenMap) -> None:
-        self.passes.append((current_batch(), backbone, tokens))
+        self.passes.append((backbone, tokens))
 
     def take(self) -> List[List[Dict[str, int]]]:
-        """A list for each pass of the runner's current batch, with a dict for each of its images; forgets all passes.
-
-        Those of an earlier batch belong to an evaluation that was interrupted or had no metric that took them.
-        """
-        batch, passes = current_batch(), list(self.passes)
+        """A list for each pass, with a dict for each of its images; forgets them."""
+        passes = list(self.passes)
         self.passes.clear()
-        return [pass_costs(backbone, tokens) for seen, backbone, tokens in passes if seen == batch]
-
-
-def current_batch() -> tuple:
-    """Tells the batches of a runner's evaluations apart.
-
-    Nobody tells a metric that an evaluation begins. But the runner's timer notes before each batch how long it waited
-    for the data, and the number of its notes only grows.
-    """
-    hub = MessageHub.get_current_instance()
-    notes = (hub.log_scalars.get(f'{mode}/data_time') for mode in ('val', 'test'))
-    return (hub.instance_name, *(0 if note is None else len(note.data[0]) for note in notes))
+        return [pass_costs(backbone, tokens) for backbone, tokens in passes]
 
 
 _RECORDER: MutableMapping[str, Recorder] = WeakValueDictionary()
@@ -85,11 +77,9 @@ class TokenMetric(BaseMetric):
 
     ``val_evaluator = [dict(type='IoUMetric', iou_metrics=['mIoU']), dict(type='TokenMetric')]``. All windows of a slide
     inference and all views of test-time augmentation count as the image's. Under a sampler that repeats images to fill
-    the last batch, or on several ranks, each image counts once. Passes that an interrupted evaluation, or one without
-    this metric, has left do not count. That rests on the timer that every runner has by default: with the timer off,
-    without a runner, or where a newer runner has been built since, passes that nobody took count as the next image's.
-    Predictions of your own between a batch's and its metrics do so always: make them inside
-    :func:`~mmseg_msvit.inspection.looking_at`.
+    the last batch, or on several ranks, each image counts once. An evaluation begins where the model is set to
+    evaluation mode, as every loop does first: what was left before does not count. Predictions of your own in the
+    middle of one would: make them inside :func:`~mmseg_msvit.inspection.looking_at`.
 
     Results, for ``tokens`` (cls token included) and ``encoder_gmacs`` (the blocks alone, as the paper counts):
     ``_mean``, ``_p5``, ``_p50``, ``_p95``, and ``_of_dense``, the sum over the sum of the dense ViT's in percent. And
@@ -101,6 +91,7 @@ class TokenMetric(BaseMetric):
     def __init__(self, collect_device: str = 'cpu', prefix: Optional[str] = None, collect_dir: Optional[str] = None):
         super().__init__(collect_device=collect_device, prefix=prefix, collect_dir=collect_dir)
         self.recorder = _RECORDER.setdefault('recorder', Recorder())
+        self.recorder.metrics.add(self)
         MixedScale.observers.add(self.recorder)
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:

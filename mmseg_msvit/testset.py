@@ -10,6 +10,7 @@ import numpy as np
 from mmcv.transforms import Compose, LoadAnnotations
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import BaseDataset
+from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
 from mmengine.runner import load_checkpoint
 from mmseg.apis import init_model
@@ -31,9 +32,12 @@ def load_config(path: str) -> Config:
     Raises:
         InputError: there is no such file, or no model in it.
     """
-    if '::' not in path and not Path(path).is_file():  # mmengine reads mmseg::name from the package
+    if '::' in path:  # as mmseg::segmenter/segmenter_vit-s_fcn_8xb1-160k_ade20k-512x512.py
+        config = get_config(path)
+    elif Path(path).is_file():
+        config = Config.fromfile(path)
+    else:
         raise InputError(f'CONFIG: wanted a file, got {path}, which is not there')
-    config = Config.fromfile(path)
     if 'backbone' not in config.get('model', {}):
         raise InputError(f'CONFIG: wanted a segmentor, got {path} without a model that has a backbone')
     init_default_scope(config.get('default_scope', 'mmseg'))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .backbone import MixedScale
 from .inspection import find_msvit, look
-from .tokens import Decision, TokenMap
+from .selection import Decision
+from .tokens import TokenMap
 
 # A panel is at least so many pixels wide, so that the cells of a small image can be told apart.
 PANEL_PIXELS = 480

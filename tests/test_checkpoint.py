@@ -392,10 +392,11 @@ def test_report_says_what_became_of_each_tensor(tmp_path):
     weights['pos_embed'] = torch.randn(1, 26, 32)
     del weights['norm.bias']
     fitted, report = fit(build(gate=dict(type='MLPGate')), weights)
-    assert report.layout == 'timm' and report.resized == {'pos_embed': '5x5 -> 4x4'}
-    assert 'ln1.bias' in report.initial and 'gate.pos_embed' in report.initial
+    zero = 'is zero: the source has none'
+    assert report.layout == 'timm' and report.resized == {'pos_embed': '5x5 -> 4x4', 'ln1.bias': zero}
+    assert report.initial and all(name.startswith(('gate.', 'gate_losses.')) for name in report.initial)
     assert set(report.unused) == {'head.weight', 'head.bias'}
-    assert len(report.matched) + 1 == len(fitted)
+    assert len(report.matched) + 2 == len(fitted)
     for words in ('layout of timm', 'pos_embed 5x5 -> 4x4', 'ln1.bias', 'head.weight'):
         assert words in str(report)
 
@@ -411,14 +412,14 @@ def test_layer_scale_is_folded(names, images, tmp_path):
     check(build(tmp_path / 'vit.pth'), timm_features(source, images), images)
     _, report = fit(build(), weights)
     assert set(report.unused) == {'head.weight', 'head.bias'}
-    assert '6 layer scales are folded into attn.out_proj and ffn.layers.1' in str(report)
+    assert '6 layer scales are folded into the projections before them' in str(report)
 
 
 @pytest.mark.parametrize('make, message', [
     (lambda path: torch.save(TimmViT(embed_dim=48, depth=3, num_heads=2).state_dict(), path),
-     r'at least 90% of the backbone, got 0% .*ln1.weight \(48,\), wanted \(32,\).* more\. Set patch_size.*embed_dims'),
+     r'this very ViT, got \d+ .*ln1.weight \(48,\), wanted \(32,\).* more\. Set the backbone\'s embed_dims\n'),
     (lambda path: torch.save(TimmViT(embed_dim=32, depth=1, num_heads=2).state_dict(), path),
-     'got 43% of its tensors .*layers.1.ln1.weight is missing.*num_layers'),
+     r"got 12 that do not fit: layers.1.ln1.weight is missing.*Set the backbone's num_layers\n"),
     (lambda path: torch.save({'fc.weight': torch.zeros(2)}, path), r"wanted a ViT in the layout of .* got 1 tensors"),
     (lambda path: path.write_bytes(b'PK\x03\x04 not a checkpoint'), 'wanted a whole checkpoint, got .*cannot be read'),
 ])  # fmt: skip
@@ -439,17 +440,20 @@ def weights_of(model='vit_tiny_patch16_224', without=(), **options):
 @pytest.mark.parametrize('weights, ours, message', [
     (dict(patch_size=8, img_size=32), {}, r'\(32, 3, 8, 8\), wanted \(32, 3, 16, 16\).*patch_size.*another shape +1'),
     (dict(), dict(in_channels=4), r'\(32, 3, 16, 16\), wanted \(32, 4, 16, 16\).*in_channels'),
-    (dict(model='beit_base_patch16_224'), {}, 'layers.0.attn.q_bias finds no place.*relative'),
-    (dict(qk_norm=True), {}, r'layers.0.attn.q_norm.weight finds no place.*norms of q and k'),
-    (dict(mlp_layer=timm.layers.GluMlp), {}, r'layers.0.ffn.layers.1.weight \(32, 64\), wanted \(32, 128\)'),
-    (dict(mlp_layer=timm.layers.SwiGLU), {}, r'layers.0.mlp.fc1_g.weight finds no place.*gated FFN'),
-    (dict(depth=4), {}, r'layers.3.norm1|layers.3.ln1.weight finds no place.*num_layers'),
-    (dict(without='blocks.11.'), dict(num_layers=12, depth=12), r'layers.11.ln1.weight is missing.*num_layers'),
-    (dict(without='pos_embed'), {}, 'pos_embed is missing'),
-    (dict(pre_norm=True), {}, 'ln_pre.weight finds no place.*pre_norm'),
-    (dict(), dict(pre_norm=True), 'ln_pre.weight is missing.*pre_norm'),
-    (dict(), dict(patch_bias=False), 'patch_embed.projection.bias finds no place.*patch_bias'),
-    (dict(), dict(qkv_bias=False), 'in_proj_bias finds no place.*qkv_bias'),
+    (dict(model='beit_base_patch16_224'), {}, "relative_position_bias_table finds no place.*Set .*type='MSBEiT'"),
+    (dict(qk_norm=True), {}, 'layers.0.attn.q_norm.weight finds no place.*No argument'),
+    (dict(mlp_layer=timm.layers.GluMlp), {}, r"layers.0.ffn.w3.weight finds no place.*Set the backbone's ffn_type\n"),
+    (dict(mlp_layer=timm.layers.SwiGLU), {}, r"layers.0.ffn.w3.weight finds no place.*Set the backbone's ffn_type\n"),
+    (dict(depth=4), {}, r'layers.3.norm1|layers.3.ln1.weight finds no place.*Set the backbone\'s num_layers\n'),
+    (dict(without='blocks.11.'), dict(num_layers=12, depth=12), r'layers.11.ln1.weight is missing.*num_layers\n'),
+    (dict(without='pos_embed'), {}, "pos_embed is missing.*rope='dinov3'"),
+    (dict(pre_norm=True), {}, 'ln_pre.weight finds no place.*Set .*pre_norm\n'),
+    (dict(without='norm.'), {}, 'ln1.weight is missing.*Set .*final_norm=False\n'),
+    (dict(without='cls_token'), {}, 'cls_token is missing.*Set .*with_cls_token=False\n'),
+    (dict(), dict(pre_norm=True), 'ln_pre.weight is missing.*Set .*pre_norm\n'),
+    (dict(), dict(patch_bias=False), 'patch_embed.projection.bias finds no place.*Set .*patch_bias=True\n'),
+    (dict(), dict(qkv_bias=False), 'in_proj_bias finds no place.*Set .*qkv_bias=True\n'),
+    (dict(qkv_bias=False), dict(qkv_bias=False), 'out_proj.bias finds no place.*Set .*qkv_bias=True\n'),
 ])  # fmt: skip
 def test_a_vit_of_another_kind_is_refused_by_its_tensors(weights, ours, message):
     depth = ours.pop('depth', 3)
@@ -513,6 +517,19 @@ def test_converter_writes_what_mmsegs_own_vit_loads(images, tmp_path):
     dense.load_state_dict(torch.load(tmp_path / 'mmseg.pth'), strict=False)
     dense.eval()
     check(dense, timm_features(source, images), images)
+
+
+@pytest.mark.parametrize('model, what', [
+    ('vit_small_patch14_reg4_dinov2', 'register_tokens'), ('vit_giant_patch14_dinov2', 'layers.0.ffn.w12.weight'),
+    ('beit_base_patch16_224', 'relative_position_bias_table'), ('vit_small_patch16_dinov3', 'register_tokens'),
+])  # fmt: skip
+def test_converter_refuses_what_mmsegs_own_vit_cannot_hold(model, what, tmp_path, monkeypatch, capsys):
+    source = timm.create_model(model, **{**PLAIN, 'patch_size': 16 if '16' in model else 14})
+    torch.save(source.state_dict(), tmp_path / 'timm.pth')
+    monkeypatch.setattr(sys, 'argv', ['convert_vit.py', str(tmp_path / 'timm.pth'), str(tmp_path / 'mmseg.pth')])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / 'tools/convert_vit.py'), run_name='__main__')
+    assert what in capsys.readouterr().err and not (tmp_path / 'mmseg.pth').exists()
 
 
 @pytest.mark.parametrize('how', ['init_cfg', 'load_from', 'init_model', 'module'])

@@ -22,6 +22,7 @@ SWAPS = [name for name in CONFIGS if 'msvit' in name]
 def load(name):
     config = Config.fromfile(ROOT / name)
     config.model.pretrained = None
+    config.model.backbone.pop('init_cfg', None)
     return config
 
 
@@ -61,11 +62,23 @@ def test_opens_with_its_command_and_is_thin(name):
 
 @pytest.mark.parametrize('name', [n for n in SWAPS if n.split('/')[1] in ('toy', 'camvid')])
 def test_swap_changes_the_backbone_alone(name):
-    ours, twin = load(name).model, load(name.replace('msvit', 'vit')).model
+    ours, twin = load(name).model, load(name.replace('msvit', 'vit').replace('-3s', '')).model
     assert twin.backbone.type == 'VisionTransformer' and twin.backbone.patch_bias is True
     for key, value in twin.backbone.items():
         assert key == 'type' or ours.backbone[key] == value
     assert {k: v for k, v in ours.items() if k != 'backbone'} == {k: v for k, v in twin.items() if k != 'backbone'}
+
+
+@pytest.mark.parametrize('name', [n for n in SWAPS if n.split('/')[1] == 'dinov2'])
+def test_the_dense_twin_of_dinov2_differs_by_its_gate(name):
+    ours, twin = load(name).model, load(name.replace('msvit-', '')).model
+    assert twin.backbone.gate == dict(type='FixedGate', coarse=False)
+    assert {k: v for k, v in ours.items() if k != 'backbone'} == {k: v for k, v in twin.items() if k != 'backbone'}
+    differing = {k for k in {**ours.backbone, **twin.backbone} if ours.backbone.get(k) != twin.backbone.get(k)}
+    assert differing == {'gate', 'gate_loss', 'train_tokens'}
+    # what a linear probe of DINOv2 falls short without
+    assert ours.backbone.final_norm and ours.backbone.norm_cfg.eps == 1e-6 and ours.data_preprocessor.bgr_to_rgb
+    assert ours.data_preprocessor.mean == [123.675, 116.28, 103.53] and ours.backbone.img_size == 518
 
 
 def real(config, split, root):

@@ -21,7 +21,7 @@ from mmseg_msvit.gate_losses import (
     region_purity,
     relaxed_bernoulli_cdf,
 )
-from mmseg_msvit.tokens import Decision
+from mmseg_msvit.selection import Decision
 
 
 def tensor(values):

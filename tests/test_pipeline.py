@@ -90,6 +90,38 @@ def test_resume_continues_where_it_stopped(config):
     assert runner.iter == 4
 
 
+@pytest.mark.parametrize('options', [{}, dict(update_buffers=True), dict(begin_iter=2)])
+def test_averaged_weights_with_batch_shaping(config, options):
+    """Its memory is a buffer, which averaging copies."""
+    config.custom_hooks.append(dict(type='EMAHook', momentum=0.1, **options))
+    runner = build_runner(config)
+    runner.train()
+    saved = torch.load(f'{config.work_dir}/iter_4.pth', weights_only=False)
+    (memory,) = (name for name in saved['state_dict'] if name.endswith('memory'))
+    if not options.get('update_buffers'):
+        assert (saved['state_dict'][memory][:8] >= 0).all()  # 4 steps of 2 images
+    assert all(value.isfinite().all() for value in saved['state_dict'].values())
+
+
+def test_memory_of_batch_shaping_survives_a_resume(config):
+    build_runner(config, **{'train_cfg.max_iters': 2}).train()
+    resumed = build_runner(config, **{'train_cfg.max_iters': 4, 'resume': True})
+    resumed.train()
+    (memory,) = (m.memory for m in resumed.model.modules() if hasattr(m, 'memory'))
+    assert (memory[:8] >= 0).all() and (memory[8:] == -1).all()
+
+
+def test_three_scales_of_the_toy_config(config):
+    config.model.backbone.scales = (16, 32, 64)
+    config.val_evaluator = [dict(type='IoUMetric', iou_metrics=['mIoU']), dict(type='TokenMetric')]
+    config.custom_hooks.append(dict(type='TokenMapHook', interval=2, indices=(0,)))
+    runner = build_runner(config)
+    runner.train()
+    log = [line for line in scalars(config) if 'loss' in line]
+    assert {'gate.loss_purity', 'gate.loss_purity_2', 'gate.loss_gbas_2', 'gate.coarse_fraction_2'} <= set(log[0])
+    assert 5 <= runner.val()['msvit/tokens_mean'] <= 37
+
+
 def test_test_slide_and_tta(config, checkpoint):
     config.load_from = checkpoint
     whole = build_runner(config.copy()).test()
@@ -126,7 +158,7 @@ def test_a_gate_that_breaks_stops_training_and_keeps_the_last_checkpoint(config)
     runner.register_hook(Poison())
     with pytest.raises(FloatingPointError, match='gate logits must be finite, got .* at iteration 3'):
         runner.train()
-    resumed = build_runner(config, resume=True)
+    resumed = build_runner(config, **{'train_cfg.max_iters': 4, 'resume': True})
     resumed.train()
     assert resumed.iter == 4
     assert all(p.isfinite().all() for p in resumed.model.parameters())

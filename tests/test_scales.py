@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from mmseg_msvit.backbone import MSViT
 from mmseg_msvit.blocks import Places
-from mmseg_msvit.tokens import TokenSelector, region_grid
+from mmseg_msvit.selection import TokenSelector
+from mmseg_msvit.tokens import region_grid
 
 THREE = dict(img_size=128, scales=(16, 32, 64))
 

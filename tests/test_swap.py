@@ -1,4 +1,4 @@
-"""The three-line swap over every config that mmseg ships with its VisionTransformer."""
+"""The three-line swap over every config that mmseg ships with its VisionTransformer, BEiT or MAE."""
 
 from pathlib import Path
 
@@ -16,6 +16,7 @@ SHIPPED = Path(mmseg.__file__).parent / '.mim/configs'
 # SAN's image encoder does not pad (patch_pad=0), so that its grid is rounded down; MSViT's covers every pixel. With
 # patch_pad='corner' the encoder swaps, and the same images, multiples of the patch, give the same grid.
 UNPADDED = 'san'
+SWAPS = {'VisionTransformer': 'MSViT', 'BEiT': 'MSBEiT', 'MAE': 'MSMAE'}
 
 
 def vit_configs():
@@ -24,7 +25,7 @@ def vit_configs():
         name = str(path.relative_to(SHIPPED))
         if name.startswith(('_base_', UNPADDED)):
             continue
-        if any(word in name for word in ('vit', 'dpt', 'deit')) and 'mobilevit' not in name:
+        if any(word in name for word in ('vit', 'dpt', 'deit', 'beit/', 'mae/')) and 'mobilevit' not in name:
             names.append(name)
     return names
 
@@ -52,15 +53,17 @@ def load(name):
 
 def test_list_is_not_empty_and_finds_what_is_swapped():
     names = vit_configs()
-    assert {name.split('/')[0] for name in names} >= {'vit', 'segmenter', 'setr', 'dpt'} and len(names) >= 24
-    assert all(load(name).backbone.type == 'VisionTransformer' for name in names)
+    assert {name.split('/')[0] for name in names} >= {'vit', 'segmenter', 'setr', 'dpt', 'beit', 'mae'} and len(
+        names
+    ) >= 30
+    assert {load(name).backbone.type for name in names} == set(SWAPS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', vit_configs())
 def test_forward_and_backward(name):
     cfg = load(name)
-    cfg.backbone.type = 'MSViT'
+    cfg.backbone.type = SWAPS[cfg.backbone.type]
     shrink(cfg.backbone)
     model = revert_sync_batchnorm(MODELS.build(cfg)).train()
     classes = cfg.decode_head.num_classes
@@ -70,7 +73,9 @@ def test_forward_and_backward(name):
     total, _ = model.parse_losses(losses)
     assert total.isfinite()
     total.backward()
-    assert model.backbone.layers[0].attn.attn.in_proj_weight.grad.abs().sum() > 0
+    attention = model.backbone.layers[0].attn
+    weight = attention.attn.in_proj_weight if hasattr(attention, 'attn') else attention.qkv.weight
+    assert weight.grad.abs().sum() > 0
     assert model.backbone.gate.mlp[-1].weight.grad.abs().sum() > 0
 
 

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmseg_msvit.tokens import TokenSelector, over_cells, region_grid
+from mmseg_msvit.selection import TokenSelector
+from mmseg_msvit.tokens import over_cells, region_grid
 
 grids = st.tuples(st.integers(1, 7), st.integers(1, 7))
 

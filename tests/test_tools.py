@@ -180,7 +180,37 @@ def test_analyze_gate_writes_a_page_that_a_browser_shows(trained, tmp_path):
     (tmp_path / 'probe.html').write_text(page.replace('</body>', script + '</body>'))
     command = [browser, '--headless', '--no-sandbox', '--disable-gpu', '--window-size=480,800', '--dump-dom']
     dom = subprocess.run([*command, str(tmp_path / 'probe.html')], capture_output=True, text=True, timeout=120).stdout
-    assert '<title>6 of 6, 8 rows, overflow false</title>' in dom, re.findall('<title>.*?</title>', dom)
+    assert '<title>6 of 6, 9 rows, overflow false</title>' in dom, re.findall('<title>.*?</title>', dom)
+
+
+@pytest.mark.slow
+def test_three_scales_in_every_tool(config, scenes, tool, tmp_path, capsys):
+    config.model.backbone.scales = (16, 32, 64)
+    config.model.backbone.gate = dict(type='RandomGate', coarse_ratio=0.4)
+    config.model.backbone.pop('gate_loss')
+    runner = build_runner(config, **{'train_cfg.max_iters': 2})
+    runner.train()
+    path, checkpoint = f'{config.work_dir}/config.py', f'{config.work_dir}/iter_2.pth'
+    config.dump(path)
+    assert (
+        tool('analyze_gate.py', path, checkpoint, '--out', tmp_path / 'a.json', '--html', tmp_path / 'a.html') is None
+    )
+    numbers = json.loads((tmp_path / 'a.json').read_text())
+    assert sum(numbers['scales'].values()) == pytest.approx(1) and all(n > 0 for n in numbers['scales'].values())
+    assert 1 - numbers['scales']['16'] == pytest.approx(numbers['coarse'])
+    assert '64 px' in (tmp_path / 'a.html').read_text()
+    assert tool('show_tokens.py', path, checkpoint, scenes / 'images/val', '--out', tmp_path) is None
+    assert cv2.imread(str(tmp_path / '0000.png')).shape[1] == 5 * 480  # two panels of probability, no truth
+    assert tool('get_flops.py', path, '--shape', 96, 96, '--json', tmp_path / 'f.json') is None
+    shares = json.loads((tmp_path / 'f.json').read_text())
+    # 36 cells in 9 regions in 4 of 64 px: all fine, and all coarsest
+    assert shares['0% coarse']['tokens'] == 37 and shares['100% coarse']['tokens'] == 5
+    out = ['--out', tmp_path / 'curve', '--thresholds', 0, 1, '--device', 'cpu']
+    assert tool('tradeoff.py', f'ours={path},{checkpoint}', *out) is None
+    low, high = json.loads((tmp_path / 'curve/tradeoff.json').read_text())['curves']['ours']
+    assert low['tokens'] == 5 and high['tokens'] == 37
+    assert tool('benchmark.py', path, '--size', 96, '--repeat', 1, '--gate', 'random:0.5', '--device', 'cpu') is None
+    assert 'all fine' in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -2,9 +2,10 @@
 
     python tools/convert_vit.py SRC DST
 
-SRC may be of timm, DeiT, DINO, MAE, CLIP's image tower, the official Segmenter, mmpretrain, mmseg (.pth, .safetensors)
-or AugReg (.npz). Layer scale is folded into the projections before it. MSViT reads all of these itself; this is for
-mmseg's own ViT, and for looking at a checkpoint.
+SRC may be of timm, DeiT, DINO, DINOv2, MAE, CLIP's image tower, the official Segmenter, transformers, mmpretrain, mmseg
+(.pth, .safetensors) or AugReg (.npz). Layer scale is folded into the projections before it. Register tokens, SwiGLU,
+relative and rotary positions are refused: mmseg's ViT has none. MSViT reads all of these itself; this is for mmseg's
+own ViT, and for looking at a checkpoint.
 """
 
 import argparse
@@ -16,6 +17,9 @@ import torch
 from mmseg_msvit.layouts import fold_layer_scale, rename
 from mmseg_msvit.reading import read_checkpoint, unwrap
 
+# Tensors that mmseg's ViT has no place for, and without which the features are others.
+FOREIGN = ('register_tokens', 'ffn.w12.weight', 'relative_position_bias_table')
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -23,6 +27,9 @@ def main() -> None:
     parser.add_argument('dst', type=Path)
     args = parser.parse_args()
     layout, tensors, others = rename(unwrap(read_checkpoint(args.src)))
+    foreign = [name for name in tensors if name.endswith(FOREIGN)]
+    if foreign or 'pos_embed' not in tensors:
+        parser.error(f"SRC: wanted what mmseg's ViT has, got {(foreign or ['no pos_embed'])[0]}: MSViT reads this file")
     fold_layer_scale(tensors)  # mmseg's ViT has none
     unfinished = args.dst.with_name(args.dst.name + '.unfinished')
     torch.save(tensors, unfinished)

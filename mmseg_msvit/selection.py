@@ -1,0 +1,269 @@
+"""Which tokens an image gets: gates' logits to a decision, and that to a map of tokens.
+
+Every image has the same candidates in one fixed order: its prefix (cls token, registers), then a token for each region
+of each coarse level, coarsest first, then a fine token for each cell, all in raster order. A gate's logits say which
+candidates are *active*: each cell of the grid is covered by exactly one active token.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from mmengine.logging import MessageHub
+from torch import Tensor, nn
+
+from .tokens import Grid, TokenMap, cumulative, over_cells, region_grid, region_of_cell
+
+TRAIN_TOKENS = ('active', 'trimmed', 'all')
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the gates said about a batch. Lists have one entry for each coarse level, the finest of them first.
+
+    Attributes:
+        logits: (B, hc, wc) float32, the noise-free logits of "coarse".
+        coarse: (B, hc, wc) bool, where the coarse token is active: decided coarse, and not part of a coarser one.
+    """
+
+    logits: List[Tensor]
+    coarse: List[Tensor]
+
+    @torch.no_grad()
+    def statistics(self) -> Dict[str, Tensor]:
+        """Scalars of each coarse level, from the second on with ``_2`` and so on after their names.
+
+        ``coarse_fraction``, the share of its regions that are coarse; ``entropy`` of the probability of coarse, in bits
+        and on average, 0 where the gate is sure of every region; ``conditionality``, how much images differ: the
+        standard deviation between them of "more likely coarse than fine" at a place, on average; 0 is a static mask.
+        """
+        found = {}
+        for level, (logits, coarse) in enumerate(zip(self.logits, self.coarse), 1):
+            suffix = '' if level == 1 else f'_{level}'
+            m = logits.sigmoid()
+            entropy = (torch.special.entr(m) + torch.special.entr(1 - m)).mean() / math.log(2)
+            conditionality = (logits > 0).float().std(0, correction=0).mean()
+            values = dict(coarse_fraction=coarse.float().mean(), entropy=entropy, conditionality=conditionality)
+            found.update({f'{name}{suffix}': value for name, value in values.items()})
+        return found
+
+
+@lru_cache(maxsize=64)
+def candidates(grid: Grid, sides: Tuple[int, ...], prefix: int, device: torch.device) -> Tuple[Tensor, Tensor, Tensor]:
+    """Level (T,), center (T, 2) and size (T,) of an image's candidates, as in :class:`TokenMap`."""
+    levels, centers, sizes = [torch.full((prefix,), -1)], [torch.zeros(prefix, 2)], [torch.zeros(prefix)]
+    for level in reversed(range(len(sides))):
+        axes = []
+        for cells in grid:
+            begin = torch.arange(0, cells, sides[level])
+            end = (begin + sides[level]).clamp(max=cells)
+            axes.append(((begin + end) / 2, end - begin))
+        (y, height), (x, width) = axes
+        centers.append(torch.cartesian_prod(y, x))
+        sizes.append((height[:, None] * width).flatten().float())
+        levels.append(torch.full((len(centers[-1]),), level))
+    return tuple(torch.cat(parts).to(device) for parts in (levels, centers, sizes))
+
+
+class TokenSelector(nn.Module):
+    """Gates in, tokens out. It has no parameters; a forward hook on it sees every map and decision.
+
+    Args:
+        sides: cells along a token's side at each level, beginning with 1, each a multiple of the one before.
+        train_tokens: which tokens a training step computes if a gate needs a gradient. ``'all'``: every candidate,
+            inactive ones masked; the definition, and slow. ``'trimmed'``: of each image the k candidates of largest
+            soft value, k = largest active count in the batch. ``'active'``: the active ones alone, as at test time.
+            Without a gradient for a gate it is always ``'active'``.
+        temperature: T of m = sigmoid((logit + logistic noise) / T) in training.
+        threshold: an image's region is coarse at test time iff sigmoid(logit) > threshold.
+        prefix: rows before each image's tokens: cls token and registers.
+        token_budget: at test time, in place of the threshold: as few regions of a forward pass are coarse, those of the
+            largest logits, as keep the mean number of tokens of its images, prefix included, within this. Where
+            even all coarse is more, all are, with a warning.
+    """
+
+    def __init__(
+        self,
+        sides: Sequence[int],
+        train_tokens: str,
+        temperature: float,
+        threshold: float,
+        prefix: int,
+        token_budget: Optional[float] = None,
+    ):
+        super().__init__()
+        if train_tokens not in TRAIN_TOKENS:
+            raise ValueError(f'train_tokens must be one of {TRAIN_TOKENS}, got {train_tokens!r}')
+        if not temperature > 0:
+            raise ValueError(f'temperature must be positive, got {temperature}')
+        if not 0 <= threshold <= 1:
+            raise ValueError(f'threshold must be in [0, 1], got {threshold}')
+        if token_budget is not None and not token_budget > 0:
+            raise ValueError(f'token_budget must be positive, got {token_budget}')
+        self.sides = tuple(sides)
+        self.train_tokens = train_tokens
+        self.temperature = temperature
+        self.threshold = threshold
+        self.prefix = prefix
+        self.token_budget = token_budget
+
+    def extra_repr(self) -> str:
+        decides = f'threshold={self.threshold}' if self.token_budget is None else f'token_budget={self.token_budget}'
+        return f'train_tokens={self.train_tokens!r}, temperature={self.temperature}, {decides}'
+
+    def forward(self, gates: Sequence[Callable], grid: Grid) -> Tuple[TokenMap, Decision]:
+        """Decides level by level, coarsest first, and indexes what is kept.
+
+        Args:
+            gates: of each coarse level, the finest first: takes its region grid (hc, wc) and where no coarser token
+                is active, (B, hc, wc) bool or None for everywhere, to float32 logits (B, hc, wc) of "coarse".
+            grid: (h, w), the fine cells of each image.
+
+        Raises:
+            FloatingPointError: a logit is NaN or infinite. Names the training iteration, where there is one.
+        """
+        logits, soft, coarse = [], [], []  # coarsest first
+        left = None
+        for level in range(len(self.sides) - 1, 0, -1):
+            answer = gates[level - 1](region_grid(grid, self.sides[level]), left)  # (B, hc, wc)
+            learning = self.training and answer.requires_grad
+            m, chosen = self._decide(answer, learning)
+            chosen = chosen if left is None else chosen & left
+            logits.append(answer)
+            soft.append(m)
+            coarse.append(chosen)
+            left = self._inside(~chosen if left is None else left & ~chosen, grid, level)
+        learning = self.training and any(answer.requires_grad for answer in logits)
+        if self.token_budget is not None and not self.training:
+            coarse = self._within_budget(logits, grid)
+            left = self._fine(coarse, grid)
+        active = self._in_order(coarse + [left])  # (B, T)
+        counts = active.sum(1)  # (B,)
+        finite = torch.stack([answer.isfinite().all() for answer in logits]).all()
+        *lengths, finite = torch.cat((counts, finite[None])).tolist()  # the selection's one wait for the device
+        if not finite:
+            raise_not_finite('gate logits', torch.cat([answer.flatten() for answer in logits]))
+
+        weight = None
+        keep = active
+        masked = learning and self.train_tokens != 'active'
+        if learning:
+            soft = self._in_order(self._soft_values(soft, grid))  # (B, T)
+            if self.train_tokens == 'all':
+                keep = torch.ones_like(active)
+                lengths = [keep.shape[1]] * len(lengths)
+            elif self.train_tokens == 'trimmed':
+                best = (soft.detach() + active).topk(max(lengths), dim=1).indices  # active ones are the first counts
+                keep = torch.zeros_like(active).scatter_(1, best, True)
+                lengths = [max(lengths)] * len(lengths)
+            weight = active + (soft - soft.detach())  # (B, T)
+
+        total = sum(lengths)
+        index = torch.nonzero_static(keep.flatten(), size=total).flatten()  # (N,), image * T + candidate
+        row = torch.full_like(keep, total, dtype=torch.long).flatten()  # (B * T,)
+        row[index] = torch.arange(total, device=index.device)
+        rows = row.unflatten(0, keep.shape)[:, self.prefix :].split([c[0].numel() for c in coarse + [left]], dim=1)
+        sides = reversed(self.sides)
+        cover = torch.stack([r[:, region_of_cell(grid, s, r.device)] for r, s in zip(rows, sides)])  # (K, B, h * w)
+        if not masked:
+            cover = cover.amin(0, keepdim=True)
+        level, center, size = candidates(tuple(grid), self.sides, self.prefix, index.device)
+        candidate = index % keep.shape[1]
+        tokens = TokenMap(
+            grid=tuple(grid),
+            lengths=lengths,
+            cu_seqlens=cumulative(lengths, index.device),
+            prefix=self.prefix,
+            level=level[candidate],
+            center=center[candidate],
+            size=size[candidate],
+            cover=cover.unflatten(2, grid),
+            weight=None if weight is None else weight.flatten()[index],
+        )
+        return tokens, Decision(logits[::-1], coarse[::-1])
+
+    def _decide(self, logits: Tensor, learning: bool) -> Tuple[Tensor, Tensor]:
+        """Probabilities m, noisy where a gate is learning, and whether they mean coarse."""
+        if learning:
+            uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+            m = ((logits + uniform.logit()) / self.temperature).sigmoid()
+            return m, m > 0.5
+        m = logits.sigmoid()
+        return m, m > self.threshold
+
+    def _inside(self, regions: Tensor, grid: Grid, level: int) -> Tensor:
+        """Values of a level's regions at the places of the next finer level."""
+        finer = self.sides[level - 1]
+        return over_cells(regions, region_grid(grid, finer), self.sides[level] // finer)
+
+    def _fine(self, coarse: List[Tensor], grid: Grid) -> Tensor:
+        """Where no coarse token is active: (B, h, w) bool. Levels come coarsest first."""
+        covered = [over_cells(c, grid, side) for c, side in zip(coarse, reversed(self.sides))]
+        return ~torch.stack(covered).any(0)
+
+    def _in_order(self, levels: List[Tensor]) -> Tensor:
+        """Values of all levels, coarsest first, and ones for the prefix, in the order of the candidates: (B, T)."""
+        prefix = levels[0].new_ones(len(levels[0]), self.prefix)
+        return torch.cat((prefix, *(values.flatten(1) for values in levels)), 1)
+
+    def _soft_values(self, soft: List[Tensor], grid: Grid) -> List[Tensor]:
+        """A token's soft value: its own m times 1 - m of each coarser one around it; a fine token has no m."""
+        values, reach = [], torch.ones_like(soft[0])
+        for level, m in zip(range(len(soft), 0, -1), soft):
+            values.append(reach * m)
+            reach = self._inside(reach * (1 - m), grid, level)
+        return values + [reach]
+
+    def _within_budget(self, logits: List[Tensor], grid: Grid) -> List[Tensor]:
+        """The decision that meets the budget, coarsest level first; by logits, since sure probabilities are all 1.
+
+        All regions of all levels and images stand in one order, and the first k of them are coarse, where no coarser
+        one is: the fewest that are enough, found by bisection, since more coarse regions never mean more tokens.
+        """
+        images = len(logits[0])
+        fine = self.token_budget - self.prefix
+        least = logits[0][0].numel()
+        if least > fine:
+            warnings.warn(
+                f'token_budget of {self.token_budget} cannot be met: an image of {least} regions has '
+                f'{least + self.prefix} tokens if all are coarse',
+                stacklevel=2,
+            )
+        order = torch.cat([level.flatten() for level in logits]).argsort(descending=True, stable=True)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        _, _, size = candidates(tuple(grid), self.sides[1:], 0, order.device)
+        # A region of one cell at a corner is never coarse: it would save nothing.
+        never = (size == 1).split([level[0].numel() for level in logits])
+        places = [
+            torch.where(n, len(order), p.view(images, -1)).view_as(level)
+            for p, n, level in zip(place.split([level.numel() for level in logits]), never, logits)
+        ]
+
+        def decide(k: Tensor) -> List[Tensor]:
+            coarse, left = [], None
+            for level, p in zip(range(len(places), 0, -1), places):
+                chosen = p < k if left is None else (p < k) & left
+                coarse.append(chosen)
+                left = self._inside(~chosen if left is None else left & ~chosen, grid, level)
+            return coarse + [left]
+
+        low, high = order.new_tensor(-1), order.new_tensor(len(order))  # the answer is in (low, high]
+        for _ in range(math.ceil(math.log2(len(order) + 1))):
+            middle = (low + high) // 2
+            enough = sum(part.sum() for part in decide(middle)) <= images * fine
+            low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+        return decide(high)[:-1]
+
+
+def raise_not_finite(name: str, values: Tensor) -> None:
+    """Raises a FloatingPointError that counts the NaN and infinite values and names the training iteration, if any."""
+    iteration = MessageHub.get_current_instance().runtime_info.get('iter')
+    where = '' if iteration is None else f' at iteration {iteration + 1}'
+    raise FloatingPointError(
+        f'{name} must be finite, got {int(values.isnan().sum())} NaN and {int(values.isinf().sum())} infinite of '
+        f'{values.numel()} values{where}'
+    )

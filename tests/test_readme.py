@@ -1,0 +1,45 @@
+"""The README's configs are built as they stand there, and run."""
+
+import re
+
+import pytest
+import torch
+from conftest import ROOT, sample
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from mmseg.registry import MODELS
+
+from mmseg_msvit.inspection import find_msvit
+
+BLOCKS = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
+SWAPS = [block for block in BLOCKS if '_base_' in block]
+
+
+def test_all_families_are_there():
+    types = re.findall(r"type='(MS\w+)'", ''.join(SWAPS))
+    assert set(types) == {'MSViT', 'MSBEiT'} and len(SWAPS) == 4
+
+
+@pytest.mark.parametrize('text', SWAPS)
+@pytest.mark.parametrize('scales', [None, 3])
+def test_swap(text, scales):
+    config = Config.fromstring(text, '.py')
+    assert config.model.pretrained.endswith('.pth')
+    config.model.pretrained = None
+    backbone = config.model.backbone
+    patch = backbone.get('patch_size', 16)
+    if scales:
+        backbone.scales = (patch, 2 * patch, 4 * patch)
+    outputs = backbone.get('out_indices', 11)
+    # as deep as a test needs
+    backbone.num_layers = len(outputs) if isinstance(outputs, (list, tuple)) else 2
+    backbone.out_indices = tuple(range(backbone.num_layers)) if isinstance(outputs, (list, tuple)) else 1
+    model = revert_sync_batchnorm(MODELS.build(config.model)).train()
+    samples = [sample(torch.randint(0, 150, (60, 100))) for _ in range(2)]
+    losses = model(torch.randn(2, 3, 60, 100), samples, mode='loss')
+    losses.update(find_msvit(model).pop_gate_losses(samples))
+    total, _ = model.parse_losses(losses)
+    total.backward()
+    assert all(p.grad is not None for gate in model.backbone.gates for p in gate.parameters())
+    build_optim_wrapper(model, config.optim_wrapper)
