@@ -15,8 +15,8 @@ class MSViTLayerDecayConstructor(DefaultOptimWrapperConstructor):
     """Layer decay as for any ViT, with gate and priors outside of it.
 
     With L layers, layer i (from 0) has the rate lr * decay^(L - i), and all that comes before the layers
-    lr * decay^(L + 1). The final norm and what lies outside the backbone have lr, gate and gate losses
-    lr * ``gate_lr_mult``. Vectors (norms and biases), positions, the cls token and the priors are not decayed.
+    lr * decay^(L + 1). The final norm, ``out_detail`` and what lies outside the backbone have lr, gates and gate
+    losses lr * ``gate_lr_mult``. Vectors (norms and biases), positions, the cls token and the priors are not decayed.
 
     Args:
         optim_wrapper_cfg: as for mmengine's constructor.
@@ -57,10 +57,10 @@ class MSViTLayerDecayConstructor(DefaultOptimWrapperConstructor):
     def _scale(self, backbone: MSViT, name: str) -> float:
         """What a parameter of the backbone has of the rate."""
         layers = len(backbone.layers)
-        if name.startswith(('gate.', 'gate_losses.')):
+        if name.startswith(('gate.', 'coarser_gates.', 'gate_losses.')):
             return self.gate_lr_mult
         if name.startswith('layers.'):
             return self.layer_decay ** (layers - int(name.split('.')[1]))
-        if backbone.final_norm and name.startswith(f'{backbone.norm1_name}.'):
+        if name.startswith('out_details.') or backbone.final_norm and name.startswith(f'{backbone.norm1_name}.'):
             return 1.0
         return self.layer_decay ** (layers + 1)
