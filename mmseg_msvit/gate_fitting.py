@@ -24,7 +24,6 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from .backbone import MixedScale, ask
-from .beit import MSMAE, MSBEiT
 from .command_line import InputError
 from .doubt import class_shares, doubt_scale, doubt_target, region_doubt
 from .embedding import pad_to_regions
@@ -37,12 +36,8 @@ from .testset import FileReader, list_images
 from .tokens import Grid
 
 # The mixed-scale backbone that takes over a dense one's weights, by the dense one's class.
-STANDS_IN = {
-    'VisionTransformer': 'MSViT',
-    'BEiT': 'MSBEiT',
-    'MAE': 'MSMAE',
-    **{name: name for name in ('MSViT', MSBEiT.__name__, MSMAE.__name__)},
-}
+STANDS_IN = {'VisionTransformer': 'MSViT', 'BEiT': 'MSBEiT', 'MAE': 'MSMAE'}
+STANDS_IN.update({kind: kind for kind in STANDS_IN.values()})
 GATES = dict(context='ContextGate', mlp='MLPGate')
 TARGETS = ('mixed', 'labels')
 # Images through the fitted model, evenly spread over all, for the table.

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import ROOT, build_runner
+from conftest import ROOT, build_runner, randomize
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
 from mmseg.apis import inference_model, init_model
+from mmseg.registry import MODELS
 
 from mmseg_msvit.doubt import class_shares, region_doubt
+from mmseg_msvit.gate_fitting import convert
 from mmseg_msvit.inspection import record_tokens
 from mmseg_msvit.testset import FileReader, load_config
 from mmseg_msvit.toy_scenes import scene
@@ -140,6 +142,41 @@ def test_a_dense_model_is_converted(scales, budget, folder, fit, tmp_path, capsy
         gate.register_forward_hook(elsewhere)
     random = [agreement(look(model, folder, out / 'config.py', 'val')) for _ in range(3)]
     assert agreement(found) > max(random)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    'backbone',
+    [
+        dict(type='VisionTransformer', qkv_bias=False),
+        dict(type='VisionTransformer', patch_bias=True, out_indices=(0, 1)),
+        dict(type='BEiT', init_values=0.1),
+        dict(type='MAE', init_values=0.1),
+        dict(type='MSViT', layer_scale_init_value=0.1, num_register_tokens=2, gate=dict(type='FixedGate')),
+    ],
+)
+def test_any_plain_vit_is_taken_over_and_is_itself_where_the_gate_says_fine(backbone):
+    backbone = dict(img_size=(64, 96), patch_size=16, embed_dims=32, num_layers=2, num_heads=2, **backbone)
+    backbone.setdefault('out_indices', (1,))
+    head = dict(
+        type='FCNHead', in_channels=32, channels=32, num_convs=0, concat_input=False, num_classes=4, in_index=-1
+    )
+    config = Config(dict(model=dict(type='EncoderDecoder', backbone=backbone, decode_head=head, test_cfg=dict())))
+    dense = MODELS.build(config.model)
+    dense.init_weights()
+    randomize(dense)
+    dense.eval()
+    model, changes = convert(config, dense, 'mlp', (16, 32, 64))
+    assert changes['type'] == {'VisionTransformer': 'MSViT', 'BEiT': 'MSBEiT', 'MAE': 'MSMAE'}.get(
+        backbone['type'], backbone['type']
+    )
+    images, metas = torch.randn(2, 3, 64, 96), [dict(img_shape=(64, 96))] * 2
+    mixed = model.encode_decode(images, metas)
+    for gate in model.backbone.gates:
+        gate.register_forward_hook(lambda module, args, logits: torch.full_like(logits, -20.0))
+    wanted = dense.encode_decode(images, metas)
+    torch.testing.assert_close(model.encode_decode(images, metas), wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(mixed, wanted, atol=1e-3)
 
 
 def test_other_ways_to_fit(folder, fit, tmp_path):

@@ -27,8 +27,11 @@ def groups(backbone=None, **options):
 
 
 def test_rates_fall_towards_the_image_and_the_gate_has_its_own():
-    found = groups(layer_decay=0.5, gate_lr_mult=10)
+    found = groups(dict(scales=(16, 32, 64), out_detail='residual'), layer_decay=0.5, gate_lr_mult=10)
     wanted = {
+        'backbone.out_details.0.weight': 1e-3,
+        'backbone.coarser_gates.0.embed.weight': 1e-2,
+        'backbone.coarser_details.0.weight': 0.0625e-3,
         'decode_head.conv_seg.weight': 1e-3,
         'backbone.ln1.weight': 1e-3,
         'backbone.layers.2.ffn.layers.1.weight': 0.5e-3,
