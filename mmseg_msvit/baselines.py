@@ -6,8 +6,8 @@ from mmengine.config import Config
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from .backbone import MixedScale
 from .gates import CERTAIN, FixedGate
+from .mixed_scale import MixedScale
 from .selection import TokenSelector
 from .tokens import Grid, TokenMap
 

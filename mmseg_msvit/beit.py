@@ -6,8 +6,8 @@ from mmseg.models.backbones import MAE, BEiT
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from .backbone import MixedScale
 from .blocks import Places
+from .mixed_scale import MixedScale
 from .positions import Relative
 from .tokens import TokenMap
 

@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .backbone import MixedScale
 from .blocks import block_of
 from .gates import VarianceGate
+from .mixed_scale import MixedScale
 from .selection import TokenSelector
 from .tokens import Grid, TokenMap, region_grid
 

@@ -23,7 +23,6 @@ from mmseg.structures import SegDataSample
 from rich.progress import track
 from torch import Tensor, nn
 
-from .backbone import MixedScale, ask
 from .command_line import InputError
 from .doubt import class_shares, doubt_scale, doubt_target, region_doubt
 from .embedding import pad_to_regions
@@ -31,6 +30,7 @@ from .flops import add_up, pass_costs
 from .gate_losses import IGNORE_INDEX
 from .gates import FixedGate
 from .inspection import record_tokens
+from .mixed_scale import MixedScale, ask
 from .selection import TokenSelector
 from .testset import FileReader, list_images
 from .tokens import Grid

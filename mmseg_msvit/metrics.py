@@ -8,8 +8,8 @@ import numpy as np
 from mmengine.evaluator import BaseMetric
 from mmseg.registry import METRICS
 
-from .backbone import MixedScale
 from .flops import PARTS, pass_costs
+from .mixed_scale import MixedScale
 from .tokens import TokenMap
 
 PERCENTILES = (5, 50, 95)

@@ -6,8 +6,8 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmseg.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-from .backbone import MixedScale
 from .inspection import find_msvit
+from .mixed_scale import MixedScale
 
 UNDECAYED = ('pos_embed', 'cls_token', 'register_tokens')
 

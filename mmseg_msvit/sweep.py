@@ -12,10 +12,10 @@ from mmseg.evaluation import IoUMetric
 from rich.progress import track
 from torch import nn
 
-from .backbone import MixedScale
 from .command_line import InputError
 from .flops import PLAIN_VITS, HeadMacs, add_up, dense_cost, image_grid, pass_costs
 from .inspection import find_msvit, record_tokens
+from .mixed_scale import MixedScale
 from .testset import load_config, load_model, load_testset
 from .timing import timed
 

@@ -18,8 +18,8 @@ from mmseg.registry import DATASETS, TRANSFORMS
 from rich.progress import track
 from torch import nn
 
-from .backbone import MixedScale
 from .command_line import InputError
+from .mixed_scale import MixedScale
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
 # What decoders raise at a file that is no picture.

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from .backbone import MixedScale
 from .inspection import find_msvit, look
+from .mixed_scale import MixedScale
 from .selection import Decision
 from .tokens import TokenMap
 

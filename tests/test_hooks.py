@@ -8,8 +8,8 @@ from conftest import SMALL, sample
 from mmengine.config import ConfigDict
 from mmseg.registry import HOOKS, METRICS, MODELS
 
-from mmseg_msvit.backbone import MixedScale
 from mmseg_msvit.inspection import looking_at, record_tokens
+from mmseg_msvit.mixed_scale import MixedScale
 
 
 def segmentor(**backbone):
@@ -120,7 +120,7 @@ def test_copies_have_gate_losses_of_their_own(how, when, tmp_path):
         model.backbone.collect_gate_losses()
     model.backbone(inputs)  # whose losses nobody has taken yet
     copy = copied()
-    assert copy.backbone._gated == []
+    assert len(copy.backbone._gated) == 0
     with torch.no_grad():
         copy.backbone.gate.mlp[-1].bias.fill_(-3.0)
     losses = copy(inputs, samples, mode='loss')

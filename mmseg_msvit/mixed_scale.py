@@ -1,0 +1,411 @@
+"""A library's plain vision transformer over tokens of several scales: what all families share.
+
+The way of an image: gates give a logit for each region and ``select`` turns them into a :class:`TokenMap`
+(``tokenize``), ``embed`` makes the tokens, the blocks run over the pack, ``TokenMap.to_grid`` puts them back on the
+dense grid.
+"""
+
+import os
+from functools import lru_cache, partial
+from typing import ClassVar, Dict, List, Optional, Sequence, Tuple, Union
+from weakref import WeakSet
+
+import torch
+import torch.nn.functional as F
+from mmengine.logging import print_log
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .blocks import Places, block_of
+from .checkpoint import ADDED, adapt, fit, misshapen, refuse
+from .embedding import CoarseDetail, PatchRows, ZeroLinear, area_mean, pad_to_regions, patches_at, patchify
+from .gate_losses import GateLoss
+from .gate_slot import GateLossSlot
+from .gates import Gate
+from .positions import table_positions
+from .reading import read_checkpoint, tensors_below
+from .selection import Decision, TokenSelector, raise_not_finite
+from .tokens import Grid, TokenMap, region_grid
+
+COARSE_EMBED = ('resize', 'resize+detail')
+OUT_DETAIL = ('none', 'residual')
+
+
+class MixedScale(GateLossSlot):
+    """What turns a library's plain ViT into one over tokens of several scales; to be inherited before it.
+
+    The library's class makes patch embedding, cls token, positions, encoder layers and norms, with its own constructor
+    and names. Three methods are there for others to override: :meth:`tokenize` (a tokeniser of one's own),
+    :meth:`between` (a reducer of tokens), :meth:`position` and :meth:`places` (another way of saying where a token is).
+
+    Args:
+        scales: pixels along a token's side at each level, the finest first, each a multiple of the one before. The
+            first is ``patch_size``.
+        gate: config of the gate; each coarse level has one of its own, built from it.
+        gate_loss: config, or list of configs, of the losses that train the gate; None for none. They are added to the
+            segmentor's losses by ``GateLossHook``. A gate without trainable parameters gets none. Each coarse level has
+            its own, those of coarser levels than the first with ``_2``, ``_3`` after their names.
+        train_tokens: which tokens a training step computes while the gate learns, see :class:`TokenSelector`.
+        coarse_embed: ``'resize'`` embeds the area mean of a region; ``'resize+detail'`` adds a :class:`CoarseDetail`.
+        out_detail: ``'residual'`` adds to each output, in the cells of coarse regions, a linear map, at first zero, of
+            the cell's own patch embedding: the token that they share says the same of all of them.
+        token_budget: at test time, the mean number of tokens that the images of a forward pass may have, in place of
+            the gate's threshold; see :class:`TokenSelector`.
+        num_register_tokens: learned tokens after cls without a position, as DINOv2 and DINOv3 have.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+
+    # Called with (backbone, tokens) at each forward pass of any MixedScale in evaluation mode, their begin() where one
+    # is set to that mode; held weakly. An evaluator's metric is built without the model: so it sees the tokens.
+    observers: ClassVar[WeakSet] = WeakSet()
+
+    # What the library's class may lack.
+    with_cls_token = True
+    output_cls_token = False
+    out_origin = False
+    pre_norm = False
+    with_cp = False
+    interpolate_mode = 'bicubic'
+    # Ends of the names of what a checkpoint may lack, to keep its first values.
+    may_lack: ClassVar[Tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        *args,
+        scales: Sequence[int] = (16, 32),
+        gate: Optional[dict] = None,
+        gate_loss: Union[dict, List[dict], None] = 'default',
+        train_tokens: str = 'trimmed',
+        coarse_embed: str = 'resize',
+        out_detail: str = 'none',
+        token_budget: Optional[float] = None,
+        num_register_tokens: int = 0,
+        **kwargs,
+    ):
+        if isinstance(kwargs.get('pretrained'), os.PathLike):
+            kwargs['pretrained'] = os.fspath(kwargs['pretrained'])
+        super().__init__(*args, **kwargs)
+        self.scales = _check_scales(scales, self.patch_size)
+        self.sides = tuple(scale // self.patch_size for scale in self.scales)
+        if coarse_embed not in COARSE_EMBED:
+            raise ValueError(f'coarse_embed must be one of {COARSE_EMBED}, got {coarse_embed!r}')
+        if out_detail not in OUT_DETAIL:
+            raise ValueError(f'out_detail must be one of {OUT_DETAIL}, got {out_detail!r}')
+        self.in_channels = self.patch_embed.projection.in_channels
+        self.embed_dims = self.patch_embed.embed_dims
+        self.patch_embed = PatchRows(self.patch_embed)
+        if not hasattr(self, 'drop_after_pos'):
+            self.drop_after_pos = nn.Identity()
+        self.table = self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
+        self.register_tokens = None
+        if num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.zeros(1, num_register_tokens, self.embed_dims))
+        if not self.with_cls_token:
+            self.cls_token.requires_grad_(False)  # it is kept for the state dict's sake only
+
+        gates = []
+        shapes = [(scale, region_grid(self.table, side)) for scale, side in zip(self.scales[1:], self.sides[1:])]
+        for level, (scale, grid) in enumerate(shapes, 1):
+            shape = dict(in_channels=self.in_channels, region=scale, grid=grid, embed_dims=self.embed_dims)
+            gates.append(_build('gate', _gate_of_level(gate or dict(type='MLPGate'), level), Gate, **shape))
+        self.gate = gates[0]
+        if len(gates) > 1:
+            self.coarser_gates = nn.ModuleList(gates[1:])
+        self.gate_losses = nn.ModuleList()
+        if self.gate_learns:
+            if gate_loss == 'default':
+                gate_loss = dict(type='GeneralizedBatchShapingLoss')
+            configs = [gate_loss] if isinstance(gate_loss, dict) else gate_loss or []
+            for level, (scale, grid) in enumerate(shapes, 1):
+                for cfg in configs:
+                    self.gate_losses.append(_build('gate_loss', cfg, GateLoss, grid=grid, region=scale, level=level))
+        names = [loss.loss_name for loss in self.gate_losses]
+        if len(set(names)) < len(names):
+            raise ValueError(f'gate_loss: each loss needs a loss_name of its own, got {names}')
+        prefix = int(self.with_cls_token) + num_register_tokens
+        self.select = TokenSelector(
+            self.sides, train_tokens, self.gate.temperature, self.gate.threshold, prefix, token_budget
+        )
+        self.coarse_detail = None
+        if coarse_embed == 'resize+detail':
+            self.coarse_detail = CoarseDetail(self.embed_dims, self.sides[1])
+            if len(self.sides) > 2:
+                self.coarser_details = nn.ModuleList(CoarseDetail(self.embed_dims, side) for side in self.sides[2:])
+        self.out_details = None
+        if out_detail == 'residual':
+            outputs = len(self.out_indices) + int(self.out_origin)
+            self.out_details = nn.ModuleList(ZeroLinear(self.embed_dims, self.embed_dims) for _ in range(outputs))
+        self.layers = nn.ModuleList(self._block(layer) for layer in self.layers)
+        self.register_load_state_dict_pre_hook(MixedScale._adapt_loaded)
+
+    def _block(self, layer: nn.Module) -> nn.Module:
+        return block_of(layer)
+
+    def to_own_names(self, tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """A ViT's tensors by the names that they have in mmseg's ViT, to the same by this backbone's names."""
+        return tensors
+
+    @property
+    def gates(self) -> List[Gate]:
+        """One for each coarse level, the finest first."""
+        return [self.gate, *getattr(self, 'coarser_gates', ())]
+
+    @property
+    def details(self) -> List[CoarseDetail]:
+        """One for each coarse level, the finest first; none with ``coarse_embed='resize'``."""
+        return [] if self.coarse_detail is None else [self.coarse_detail, *getattr(self, 'coarser_details', ())]
+
+    @property
+    def gate_learns(self) -> bool:
+        """Whether a gate has a trainable parameter."""
+        return any(p.requires_grad for gate in self.gates for p in gate.parameters())
+
+    def init_weights(self) -> None:
+        """As the library's ViT; gates, and what else is not the library's, keep their own first values.
+
+        A checkpoint that ``init_cfg`` or ``pretrained`` names may be of any layout that :mod:`.checkpoint` knows, and
+        of several models one, by ``init_cfg``'s ``prefix``; the log says what was made of it. With
+        ``resample_patch=True`` in ``init_cfg`` it may be of another patch size.
+
+        Raises:
+            ValueError: the checkpoint cannot be read, or is not of this architecture.
+        """
+        if isinstance(self.init_cfg, dict) and self.init_cfg['type'].startswith('Pretrained'):
+            path, prefix = self.init_cfg['checkpoint'], self.init_cfg.get('prefix', '')
+            tensors = tensors_below(read_checkpoint(path), prefix)
+            tensors, report = fit(self, tensors, self.init_cfg.get('resample_patch', False))
+            self.load_state_dict(tensors, strict=False)
+            print_log(f'{path}: {report}', logger='current')
+            if self.gate.init_cfg is not None:  # a gate of its own takes precedence
+                for gate in self.gates:
+                    gate.init_weights()
+        else:
+            super().init_weights()
+            for gate in self.gates:
+                gate.init_weights()
+            for detail in [*self.details, *(self.out_details or ())]:
+                detail.reset_parameters()
+            if self.register_tokens is not None:
+                nn.init.normal_(self.register_tokens, std=1e-6)
+
+    def _adapt_loaded(self, state_dict: dict, prefix: str, *args) -> None:
+        """Before any ``load_state_dict``: brings what is of another image size, or without patch bias, to this model.
+
+        Raises:
+            ValueError: a tensor of the ViT itself has another shape; mmengine alone would go on with a random one.
+        """
+        for name, how in adapt(self, state_dict, prefix).items():
+            print_log(f'{prefix}{name} {how}', logger='current')
+        shapes = misshapen(self, state_dict, prefix)
+        refuse({name: how for name, how in shapes.items() if not name.startswith(ADDED)})
+
+    def forward(self, images: Tensor) -> tuple:
+        """Images (B, C, H, W) to a tuple with (B, embed_dims, h, w), or [that, cls (B, embed_dims)], for each output.
+
+        Raises:
+            ValueError: the images are not (B, in_channels, H, W), or empty.
+            FloatingPointError: a pixel or a gate logit is NaN or infinite.
+        """
+        seen = images
+        images, tokens, decision = self.tokenize(images)
+        if not self.training:
+            for observer in self.observers:
+                observer(self, tokens)
+        elif decision is not None and any(logits.requires_grad for logits in decision.logits):
+            self.keep_for_losses(seen, tokens, decision)
+
+        x = self.embed(images, tokens)  # (N, C)
+        outputs = [self._output(x, tokens)] if self.out_origin else []
+        whole, places = tokens, self.places(tokens)
+        for i, layer in enumerate(self.layers):
+            if self.with_cp and x.requires_grad:
+                x = checkpoint(layer, x, tokens, places, use_reentrant=False)
+            else:
+                x = layer(x, tokens, places)
+            if i == len(self.layers) - 1 and self.final_norm:
+                x = self.norm1(x)
+            if i in self.out_indices:
+                outputs.append(self._output(x, tokens))
+            x, reduced = self.between(i, x, tokens)
+            if reduced is not tokens:
+                tokens, places = reduced, self.places(reduced)
+        return tuple(outputs) if self.out_details is None else self._add_out_detail(outputs, images, whole)
+
+    def tokenize(self, images: Tensor) -> Tuple[Tensor, TokenMap, Optional[Decision]]:
+        """Images (B, C, H, W) to the same, padded to whole regions, their tokens, and what the gates said, if any did.
+
+        Raises:
+            ValueError, FloatingPointError: as :meth:`forward`.
+        """
+        self._check(images)
+        images, grid = pad_to_regions(images, self.patch_size, self.sides[-1])
+        tokens, decision = self.select([partial(ask, gate, images) for gate in self.gates], grid)
+        return images, tokens, decision
+
+    def embed(self, images: Tensor, tokens: TokenMap) -> Tensor:
+        """Makes the tokens that are kept, and no others, with their positions: (N, C).
+
+        Args:
+            images: (B, C, H, W), padded to whole regions.
+            tokens: which ones are kept, squares of cells at the levels of ``scales``.
+        """
+        h, w = tokens.grid
+        fine = patchify(images, self.patch_size)  # (B, hp, wp, P), with the padding's cells
+        levels = []  # (B, h * w of the level, P), coarsest first
+        for side in reversed(self.sides[1:]):
+            hc, wc = region_grid(tokens.grid, side)
+            coarse = patchify(area_mean(images, side), self.patch_size)[:, :hc, :wc]
+            levels.append(coarse.flatten(1, 2))
+        levels.append(fine[:, :h, :w].flatten(1, 2))
+        patches = torch.cat(levels, 1)  # (B, T, P)
+        patch = self._patch(tokens)  # (N,), -1 for a prefix row
+        x = self.patch_embed(patches[tokens.image, patch])  # (N, C), in prefix rows some patch's, replaced below
+        for level, detail in enumerate(self.details, 1):
+            x = self._add_detail(x, fine, tokens, level, detail)
+        position = self.position(tokens)  # (T + 1, C)
+        if position is not None:
+            x = x + position.to(x.dtype)[patch]
+        if tokens.prefix:
+            prefix = self.prefix_tokens(0.0 if position is None else position[-1:])  # (prefix, C)
+            x[tokens.prefix_rows()] = prefix.to(x.dtype)
+        x = self.drop_after_pos(x)
+        return self.pre_ln(x) if self.pre_norm else x
+
+    def position(self, tokens: TokenMap) -> Optional[Tensor]:
+        """What is added to every token that an image can have, as :func:`table_positions`; None for nothing."""
+        return table_positions(self.pos_embed, self.table, tokens.grid, self.sides, self.interpolate_mode)
+
+    def places(self, tokens: TokenMap) -> Places:
+        """What the attention needs of the places of tokens."""
+        return Places()
+
+    def between(self, i: int, x: Tensor, tokens: TokenMap) -> Tuple[Tensor, TokenMap]:
+        """What happens to tokens after block i: nothing, unless a subclass reduces them."""
+        return x, tokens
+
+    def prefix_tokens(self, position: Union[Tensor, float] = 0.0) -> Tensor:
+        """(prefix, C), the cls token with its position (1, C), and registers, which have none."""
+        cls = self.cls_token[0] + position if self.with_cls_token else self.cls_token[0, :0]
+        return cls if self.register_tokens is None else torch.cat((cls, self.register_tokens[0]))
+
+    def _patch(self, tokens: TokenMap) -> Tensor:
+        """(N,) int64, the number of each token among those that its image can have; -1 for a prefix row."""
+        rasters = _rasters(tokens.grid, self.sides, tokens.level.device)  # (levels, 3)
+        side, width, begin = rasters[tokens.level.clamp(min=0)].unbind(1)
+        place = tokens.center.div(side[:, None], rounding_mode='floor').long()  # (N, 2)
+        return torch.where(tokens.level < 0, -1, begin + place[:, 0] * width + place[:, 1])
+
+    def _add_detail(self, x: Tensor, fine: Tensor, tokens: TokenMap, level: int, detail: CoarseDetail) -> Tensor:
+        """Adds to a level's rows of x the convolution of their cells' embeddings; cells beyond the grid count zero."""
+        side = self.sides[level]
+        row = (tokens.level == level).nonzero().flatten()  # (M,)
+        place = tokens.center[row].div(side, rounding_mode='floor').long()  # (M, 2)
+        cell = torch.arange(side, device=x.device)
+        y = (place[:, :1] * side + cell)[:, :, None]  # (M, side, 1)
+        xs = (place[:, 1:] * side + cell)[:, None]  # (M, 1, side)
+        inside = ((y < tokens.grid[0]) & (xs < tokens.grid[1])).to(x.dtype)  # (M, side, side)
+        cells = self.patch_embed(fine[tokens.image[row][:, None, None], y, xs])  # (M, side, side, C)
+        added = detail((cells * inside[..., None]).permute(0, 3, 1, 2)).flatten(1)  # (M, C)
+        return x.index_add(0, row, added.to(x.dtype))
+
+    def _add_out_detail(self, outputs: list, images: Tensor, tokens: TokenMap) -> tuple:
+        """Adds to each output what its projection makes of the cells that coarse tokens cover, as they weigh there."""
+        coarse = (tokens.level > 0)[:, None].to(images.dtype)  # (N, 1)
+        kept = F.pad(coarse, (0, 0, 0, 1))[tokens.cover].amax((0, 4)) > 0  # (B, h, w), covered by one, active or not
+        image, y, x = kept.nonzero().unbind(1)  # (M,) each
+        cells = self.patch_embed(patches_at(images, self.patch_size, image, y, x))  # (M, C)
+        weight = tokens.to_grid(coarse)[image, :, y, x]  # (M, 1), 0 or 1, with the gate's gradient where it learns
+        found = []
+        for project, output in zip(self.out_details, outputs):
+            grid = output[0] if self.output_cls_token else output
+            added = project(cells) * weight
+            detail = torch.zeros_like(grid.permute(0, 2, 3, 1)).index_put((image, y, x), added.to(grid.dtype))
+            grid = grid + detail.permute(0, 3, 1, 2)
+            found.append([grid, output[1]] if self.output_cls_token else grid)
+        return tuple(found)
+
+    def macs(self, tokens: TokenMap) -> List[Dict[str, int]]:
+        """Multiply-accumulates of each image at test time: ``gate``, ``embedding`` (with details) and ``encoder``.
+
+        Counted are matrix products: linear layers, convolutions, and both products of the attention.
+        """
+        gates = sum(g.macs(region_grid(tokens.grid, side)) for g, side in zip(self.gates, self.sides[1:]))
+        counts = tokens.active_counts().tolist()
+        embedding = [self.patch_embed.macs(n) for n in counts]
+        for level, detail in enumerate(self.details, 1):
+            each = self.patch_embed.macs(self.sides[level] ** 2) + detail.weight.numel()
+            embedding = [e + each * n for e, n in zip(embedding, tokens.active_counts(level).tolist())]
+        if self.out_details is not None:
+            each = self.patch_embed.macs(1) + sum(project.weight.numel() for project in self.out_details)
+            cells = tokens.grid[0] * tokens.grid[1]
+            embedding = [e + each * (cells - n) for e, n in zip(embedding, tokens.active_counts(0).tolist())]
+        return [
+            dict(gate=gates, embedding=e, encoder=sum(layer.macs(n) for layer in self.layers))
+            for n, e in zip(counts, embedding)
+        ]
+
+    def train(self, mode: bool = True) -> 'MixedScale':
+        """As the library's ViT, which returns nothing; torch's convention is to return the module."""
+        super().train(mode)
+        if not mode:
+            for observer in self.observers:
+                observer.begin()
+        return self
+
+    def _output(self, x: Tensor, tokens: TokenMap):
+        grid = tokens.to_grid(x)
+        return [grid, tokens.to_cls(x)] if self.output_cls_token else grid
+
+    def _check(self, images: Tensor) -> None:
+        if images.ndim != 4 or images.shape[1] != self.in_channels or 0 in images.shape:
+            raise ValueError(f'images must be (B, in_channels={self.in_channels}, H, W), got {tuple(images.shape)}')
+        if not images.sum(dtype=torch.float32).isfinite():
+            raise_not_finite('pixels of the images', images)
+
+
+def _gate_of_level(cfg: dict, level: int) -> dict:
+    """The config, with the place in a checkpoint where the gate of a coarser level stands."""
+    init = cfg.get('init_cfg') if isinstance(cfg, dict) else None
+    if level == 1 or not init or not init.get('prefix', '').endswith('gate.'):
+        return cfg
+    return {**cfg, 'init_cfg': {**init, 'prefix': f'{init["prefix"][: -len("gate.")]}coarser_gates.{level - 2}.'}}
+
+
+def ask(gate: Gate, images: Tensor, grid: Grid, left: Optional[Tensor] = None) -> Tensor:
+    """A gate's logits (B, hc, wc); finer regions of padding alone, which the coarsest ones bring, are cut off."""
+    height, width = (regions * gate.region for regions in grid)
+    return gate(images[..., :height, :width], grid, left)
+
+
+@lru_cache(maxsize=64)
+def _rasters(grid: Grid, sides: Tuple[int, ...], device: torch.device) -> Tensor:
+    """(levels, 3) int64: a token's side, tokens in a row, and the first one's number, coarsest level first."""
+    rows, begin = [], 0
+    for side in reversed(sides):
+        hc, wc = region_grid(grid, side)
+        rows.append((side, wc, begin))
+        begin += hc * wc
+    return torch.tensor(rows[::-1], device=device)
+
+
+def _check_scales(scales: Sequence[int], patch_size: int) -> Tuple[int, ...]:
+    rising = all(b > a and b % a == 0 for a, b in zip(scales, scales[1:]))
+    if len(scales) < 2 or scales[0] != patch_size or not rising:
+        raise ValueError(
+            'scales must be (patch_size, a larger multiple of it, perhaps one of that, and so on), with '
+            f'patch_size={patch_size}, got {tuple(scales)}'
+        )
+    return tuple(scales)
+
+
+def _build(argument: str, cfg: dict, base: type, **shape) -> nn.Module:
+    """Builds a gate or a gate loss, with errors that name the argument."""
+    kind = MODELS.get(cfg['type']) if isinstance(cfg, dict) and isinstance(cfg.get('type'), str) else None
+    kind = kind or (cfg.get('type') if isinstance(cfg, dict) else None)
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        known = sorted(c.__name__ for c in MODELS.module_dict.values() if issubclass(c, base) and c is not base)
+        raise ValueError(f'{argument} must be a config whose type is one of {known}, got {cfg}')
+    return MODELS.build(dict(**shape, **{**cfg, 'type': kind}))  # the class itself, which any default scope finds
