@@ -253,7 +253,12 @@ def fit(model: nn.Module, examples: List[Example], windows: List[Window], budget
         loss = 0.0
         for logits, side in zip(answers(backbone, images), backbone.sides[1:]):
             doubt, known = region_doubt(shares, side)
-            each = F.binary_cross_entropy_with_logits(logits, doubt_target(doubt, scale), reduction='none')
+            # One threshold serves all levels. A coarse token in place of four finer ones saves three, whatever its
+            # size, but leaves all of its area in doubt: the doubt of a larger region counts for as much more.
+            floor, half = scale.unbind()
+            area = (side / backbone.sides[1]) ** 2
+            target = doubt_target(doubt, torch.stack((floor, half / area)))
+            each = F.binary_cross_entropy_with_logits(logits, target, reduction='none')
             loss = loss + (each * known).sum() / known.sum().clamp(min=1)
         optimizer.zero_grad()
         loss.backward()
