@@ -72,14 +72,18 @@ def score_variance(model: nn.Module, examples: Sequence[Example], windows: Seque
         for scale, side in zip(backbone.scales[1:], _sides(model)):
             hc, wc = region_grid(grid, side)
             regions = patchify(padded[..., : hc * scale, : wc * scale], scale)  # (1, hc, wc, C * R * R)
-            levels.append(-regions.unflatten(-1, (image.shape[1], -1)).var(-1, correction=0).mean(-1))
+            spread = regions.unflatten(-1, (image.shape[1], -1)).var(-1, correction=0).mean(-1)  # (1, hc, wc)
+            levels.append(-spread * _area(model, side))
         scores.append(levels)
     return scores
 
 
 def score_doubt(model: nn.Module, examples: Sequence[Example], windows: Sequence[Window]) -> Scores:
     """The oracle: regions of which the dense model has least doubt are coarse. It needs the dense pass."""
-    return [[-region_doubt(window.shares[None], side)[0] for side in _sides(model)] for window in windows]
+    return [
+        [-region_doubt(window.shares[None], side)[0] * _area(model, side) for side in _sides(model)]
+        for window in windows
+    ]
 
 
 @torch.no_grad()
@@ -93,6 +97,11 @@ CHOOSERS: Dict[str, Callable] = dict(random=score_random, variance=score_varianc
 
 def _sides(model: nn.Module) -> Sequence[int]:
     return model.backbone.sides[1:]
+
+
+def _area(model: nn.Module, side: int) -> float:
+    """What a region's doubt counts for: all of its area is left with it, while a coarse token saves the same."""
+    return (side / _sides(model)[0]) ** 2
 
 
 def as_logits(scores: Scores) -> Scores:
