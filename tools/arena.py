@@ -78,15 +78,12 @@ class Contest:
             if not self._known('smaller', None, share):
                 self._add(smaller(self.model, self.gathered('test')[0], share), share)
         for scales in self.args.scales:
-            for chooser, budget in [('coarse', None), *((c, b) for b in self.args.budgets for c in self._choosers())]:
+            for chooser, budget in [('coarse', None), *((c, b) for b in self.args.budgets for c in self.args.choosers)]:
                 if not self._known(chooser, scales, budget):
                     model, score = self._model(chooser, scales)
                     examples, windows = self.gathered('test')
                     result = play(model, examples, windows, chooser, score(model, examples, windows), budget)
                     self._add(result, budget)
-
-    def _choosers(self):
-        return [*CHOOSERS, *FITTED]
 
     def _known(self, chooser, scales, budget=None) -> bool:
         wanted = dict(chooser=chooser, asked=budget, **({} if scales is None else {'scales': list(scales)}))
@@ -177,6 +174,8 @@ def main() -> None:
     parser.add_argument('config', help='of the dense segmentor')
     parser.add_argument('checkpoints', nargs='+', help='of the dense segmentor, one for each seed')
     parser.add_argument('--scales', type=numbers, nargs='+', default=[(16, 32)], help='as 14,28 14,28,56')
+    known = [*CHOOSERS, *FITTED]
+    parser.add_argument('--choosers', nargs='+', choices=known, default=known)
     parser.add_argument('--budgets', type=float, nargs='+', default=[0.62, 0.47, 0.37], help='shares of the tokens')
     parser.add_argument('--smaller', type=float, nargs='*', default=[0.6, 0.45, 0.3], help='shares of encoder MACs')
     parser.add_argument('--steps', type=positive, default=1000, help='of fitting a gate, each of 8 images')
