@@ -18,10 +18,11 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .dense_pass import Example, Window, pixels
 from .doubt import region_doubt
 from .embedding import pad_to_regions, patchify
 from .flops import add_up, dense_macs, image_grid, pass_costs
-from .gate_fitting import Example, Window, answers, pixels, threshold_within
+from .gate_fitting import answers, threshold_within
 from .gate_losses import IGNORE_INDEX
 from .inspection import record_tokens
 from .tokens import region_grid
@@ -141,7 +142,7 @@ def play(
 
     Args:
         model: by :func:`.gate_fitting.convert`.
-        examples: by :func:`.gate_fitting.gather`, with labels.
+        examples: by :func:`.dense_pass.gather`, with labels.
         windows: likewise.
         chooser: its name.
         scores: of each window.
@@ -180,7 +181,7 @@ def smaller(model: nn.Module, examples: Sequence[Example], encoder: float) -> Re
 
     Args:
         model: the dense segmentor, in whole inference.
-        examples: by :func:`.gate_fitting.gather`, with labels.
+        examples: by :func:`.dense_pass.gather`, with labels.
         encoder: the share.
     """
     backbone = model.backbone

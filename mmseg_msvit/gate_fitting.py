@@ -1,16 +1,16 @@
 """A gate for a trained dense segmentor: the weights of ViT and head stay, and no label is needed.
 
-The dense model runs over images once (:func:`gather`), which says how mixed every region is in its eyes. A gate learns
-to foresee that from the pixels (:func:`fit`), one threshold is set for a budget of tokens (:func:`find_threshold`), and
-:func:`write` leaves a config and a whole checkpoint, which everything takes that takes a segmentor's.
+The dense model runs over images once (:func:`.dense_pass.gather`), which says how mixed every region is in its eyes. A
+gate learns to foresee that from the pixels (:func:`fit`), one threshold is set for a budget of tokens
+(:func:`find_threshold`), and :func:`write` leaves a config and a whole checkpoint, which everything takes that takes a
+segmentor's.
 """
 
 import os
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmseg.evaluation import IoUMetric
-from mmseg.registry import DATASETS, MODELS
-from mmseg.structures import SegDataSample
+from mmseg.registry import MODELS
 from rich.progress import track
 from torch import Tensor, nn
 
 from .command_line import InputError
-from .doubt import class_shares, doubt_scale, doubt_target, region_doubt
+from .dense_pass import Example, Window, pixels
+from .doubt import doubt_scale, doubt_target, region_doubt
 from .embedding import pad_to_regions
 from .flops import add_up, pass_costs
 from .gate_losses import IGNORE_INDEX
@@ -32,48 +32,16 @@ from .gates import FixedGate
 from .inspection import record_tokens
 from .mixed_scale import MixedScale, ask
 from .selection import TokenSelector
-from .testset import FileReader, list_images
 from .tokens import Grid
 
 # The mixed-scale backbone that takes over a dense one's weights, by the dense one's class.
 STANDS_IN = {'VisionTransformer': 'MSViT', 'BEiT': 'MSBEiT', 'MAE': 'MSMAE'}
 STANDS_IN.update({kind: kind for kind in STANDS_IN.values()})
 GATES = dict(context='ContextGate', mlp='MLPGate')
-TARGETS = ('mixed', 'labels')
 # Images through the fitted model, evenly spread over all, for the table.
 CHECKED = 100
 BATCH = 8
 LEARNING_RATE = 1e-3
-
-
-@dataclass
-class Window:
-    """What the backbone saw in one pass: a whole image, or a window of slide inference.
-
-    Attributes:
-        example: the image's number.
-        box: (y, x, height, width) in the image as the preprocessor pads it.
-        shares: (K, h, w) float32, how much of each class is in each cell, by :func:`.class_shares` or labels.
-    """
-
-    example: int
-    box: Tuple[int, int, int, int]
-    shares: Tensor
-
-
-@dataclass
-class Example:
-    """An image, and what the dense segmentor made of it.
-
-    Attributes:
-        data: what the test pipeline made of the image.
-        prediction: (H, W) class ids at the image's own size.
-        labels: (H, W) ground truth, if there is any.
-    """
-
-    data: dict
-    prediction: Tensor
-    labels: Optional[np.ndarray]
 
 
 def dense_backbone(model: nn.Module, path: str) -> nn.Module:
@@ -94,101 +62,6 @@ def dense_backbone(model: nn.Module, path: str) -> nn.Module:
                 f'{type(gate).__name__} in {path}'
             )
     return backbone
-
-
-def find_images(config: Config, folder: Optional[Path], limit: int) -> Tuple[List[Path], List[Optional[Path]]]:
-    """Images, and the files of their labels where there are any: of a folder, or of the config's training set.
-
-    Args:
-        config: by :func:`.load_config`.
-        folder: of images; None for the training set.
-        limit: of more images than this, so many that are evenly spread are taken.
-
-    Raises:
-        InputError: there are none.
-    """
-    if folder is not None:
-        images = list_images(folder)
-        truths: List[Optional[Path]] = [None] * len(images)
-    else:
-        dataset = config.get('train_dataloader', {}).get('dataset')
-        if dataset is None:
-            raise InputError(f'CONFIG: wanted one with a train_dataloader, or --images, got {config.filename} without')
-        while 'dataset' in dataset:  # what repeats or mixes it
-            dataset = dataset['dataset']
-        try:
-            dataset = DATASETS.build(dataset)
-        except FileNotFoundError as error:
-            raise InputError(f'CONFIG: the training set of {config.filename} is not there: {error}') from error
-        infos = [dataset.get_data_info(i) for i in range(len(dataset))]
-        images = [Path(info['img_path']) for info in infos]
-        truths = [Path(info['seg_map_path']) if info.get('seg_map_path') else None for info in infos]
-    if not images:
-        raise InputError(f'CONFIG: wanted images in the training set of {config.filename}, got none')
-    chosen = np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(int)
-    return [images[i] for i in chosen], [truths[i] if truths[i] and truths[i].is_file() else None for i in chosen]
-
-
-@torch.no_grad()
-def gather(
-    model: nn.Module, reader: FileReader, images: Sequence[Path], truths: Sequence[Optional[Path]], target: str
-) -> Tuple[List[Example], List[Window]]:
-    """Runs the dense segmentor over images, by the test pipeline and its own inference, each once.
-
-    Args:
-        model: the dense segmentor, in evaluation mode.
-        reader: of its config.
-        images: files.
-        truths: the files of their labels, or None.
-        target: ``'mixed'``, what the model sees in each window, or ``'labels'``.
-
-    Raises:
-        InputError: an image cannot be read, or has no labels where these are the target.
-    """
-    patch = model.backbone.patch_size
-    examples, windows = [], []
-    for path, truth in track(list(zip(images, truths)), 'dense model'):
-        data, labels = reader.read(path, truth)
-        if labels is None and target == 'labels':
-            raise InputError(f'--target labels: wanted labels of each image, got none of {path}')
-        size, seen = tuple(data['inputs'].shape[1:]), []
-
-        def encode_decode(inputs, batch_img_metas, size=size, seen=seen, labels=labels):
-            logits = type(model).encode_decode(model, inputs, batch_img_metas)
-            y, x = divmod(inputs.storage_offset(), inputs.stride(2))  # slide inference takes views of the image
-            box = (y, x, *inputs.shape[2:])
-            shares = class_shares(logits, patch) if target == 'mixed' else _label_shares(labels, size, box, patch)
-            seen.append((box, shares[0].cpu()))
-            return logits
-
-        model.encode_decode = encode_decode
-        try:
-            (sample,) = model.test_step(pseudo_collate([deepcopy(data)]))
-        finally:
-            del model.encode_decode
-        windows += [Window(len(examples), box, shares) for box, shares in seen]
-        prediction = sample.pred_sem_seg.data[0].cpu()
-        examples.append(Example(data, prediction.to(torch.uint8 if prediction.max() < 256 else torch.int32), labels))
-    return examples, windows
-
-
-def _label_shares(labels: np.ndarray, size: Grid, box: Tuple[int, int, int, int], patch: int) -> Tensor:
-    """(1, K, h, w), the share of each class in the cells of a window; cells without labels are empty."""
-    known = torch.from_numpy(labels.astype(np.int64))
-    known = F.interpolate(known[None, None].float(), size=size, mode='nearest')[0, 0].long()
-    y, x, height, width = box
-    known = known[y : y + height, x : x + width]
-    known = F.pad(known, (0, width - known.shape[1], 0, height - known.shape[0]), value=IGNORE_INDEX)
-    classes = labels[labels != IGNORE_INDEX]
-    mass = torch.stack([(known == c).float() for c in range(int(classes.max(initial=0)) + 1)])
-    return F.avg_pool2d(mass[None], patch, ceil_mode=True)
-
-
-def pixels(model: nn.Module, example: Example, window: Window) -> Tensor:
-    """(C, height, width), a window as the backbone sees it."""
-    batch = dict(inputs=[example.data['inputs']], data_samples=[SegDataSample()])
-    y, x, height, width = window.box
-    return model.data_preprocessor(batch, training=False)['inputs'][0, :, y : y + height, x : x + width]
 
 
 def answers(backbone: MixedScale, images: Tensor) -> List[Tensor]:
@@ -225,7 +98,7 @@ def fit(model: nn.Module, examples: List[Example], windows: List[Window], budget
 
     Args:
         model: by :func:`convert`.
-        examples: by :func:`gather`.
+        examples: by :func:`.dense_pass.gather`.
         windows: likewise.
         budget: the wanted share of the dense tokens: a gate is least sure where it has to decide.
         steps: of the optimizer, each of ``BATCH`` windows.
@@ -276,7 +149,7 @@ def find_threshold(
 
     Args:
         model: with fitted gates.
-        examples: by :func:`gather`.
+        examples: by :func:`.dense_pass.gather`.
         windows: likewise.
         budget: the share of the dense tokens, cls and registers among both, over all windows.
 
@@ -297,7 +170,7 @@ def threshold_within(
 
     Args:
         backbone: whose levels and prefix are meant.
-        windows: by :func:`gather`.
+        windows: by :func:`.dense_pass.gather`.
         logits: of each window, (1, hc, wc) for each coarse level, the finest first.
         budget: the share of the dense tokens, cls and registers among both, over all windows.
 
@@ -408,7 +281,7 @@ def compare(model: nn.Module, examples: List[Example]) -> List[dict]:
 
     Args:
         model: the converted one, with its threshold.
-        examples: by :func:`gather`; ``CHECKED`` of them are looked at.
+        examples: by :func:`.dense_pass.gather`; ``CHECKED`` of them are looked at.
 
     Returns:
         A row for each: ``name``, and means of an image: ``tokens``, ``gmacs`` of the backbone, ``agreement`` with the

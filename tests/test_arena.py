@@ -8,7 +8,8 @@ import torch
 from conftest import build_runner
 
 from mmseg_msvit.arena import as_logits, play, score_doubt, score_random, told
-from mmseg_msvit.gate_fitting import convert, find_images, gather
+from mmseg_msvit.dense_pass import find_images, gather
+from mmseg_msvit.gate_fitting import convert
 from mmseg_msvit.testset import FileReader, load_config, load_model
 
 

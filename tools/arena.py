@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 
 from mmseg_msvit.arena import CHOOSERS, dense, play, score_gates, smaller
 from mmseg_msvit.command_line import one_line_errors, positive
+from mmseg_msvit.dense_pass import find_images, gather
 from mmseg_msvit.flops import PLAIN_VITS
-from mmseg_msvit.gate_fitting import convert, find_images, fit, gather
+from mmseg_msvit.gate_fitting import convert, fit
 from mmseg_msvit.testset import FileReader, load_config, load_model, load_testset
 
 # Fitted gates: name -> kind of gate, and what it is fitted to.

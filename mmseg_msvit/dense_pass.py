@@ -1,0 +1,149 @@
+"""A dense segmentor over images, once: what it predicts, and how much of each class it sees in every cell."""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmseg.registry import DATASETS
+from mmseg.structures import SegDataSample
+from rich.progress import track
+from torch import Tensor, nn
+
+from .command_line import InputError
+from .doubt import class_shares
+from .gate_losses import IGNORE_INDEX
+from .testset import FileReader, list_images
+from .tokens import Grid
+
+TARGETS = ('mixed', 'labels')
+
+
+@dataclass
+class Window:
+    """What the backbone saw in one pass: a whole image, or a window of slide inference.
+
+    Attributes:
+        example: the image's number.
+        box: (y, x, height, width) in the image as the preprocessor pads it.
+        shares: (K, h, w) float32, how much of each class is in each cell, by :func:`.class_shares` or labels.
+    """
+
+    example: int
+    box: Tuple[int, int, int, int]
+    shares: Tensor
+
+
+@dataclass
+class Example:
+    """An image, and what the dense segmentor made of it.
+
+    Attributes:
+        data: what the test pipeline made of the image.
+        prediction: (H, W) class ids at the image's own size.
+        labels: (H, W) ground truth, if there is any.
+    """
+
+    data: dict
+    prediction: Tensor
+    labels: Optional[np.ndarray]
+
+
+def find_images(config: Config, folder: Optional[Path], limit: int) -> Tuple[List[Path], List[Optional[Path]]]:
+    """Images, and the files of their labels where there are any: of a folder, or of the config's training set.
+
+    Args:
+        config: by :func:`.load_config`.
+        folder: of images; None for the training set.
+        limit: of more images than this, so many that are evenly spread are taken.
+
+    Raises:
+        InputError: there are none.
+    """
+    if folder is not None:
+        images = list_images(folder)
+        truths: List[Optional[Path]] = [None] * len(images)
+    else:
+        dataset = config.get('train_dataloader', {}).get('dataset')
+        if dataset is None:
+            raise InputError(f'CONFIG: wanted one with a train_dataloader, or --images, got {config.filename} without')
+        while 'dataset' in dataset:  # what repeats or mixes it
+            dataset = dataset['dataset']
+        try:
+            dataset = DATASETS.build(dataset)
+        except FileNotFoundError as error:
+            raise InputError(f'CONFIG: the training set of {config.filename} is not there: {error}') from error
+        infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+        images = [Path(info['img_path']) for info in infos]
+        truths = [Path(info['seg_map_path']) if info.get('seg_map_path') else None for info in infos]
+    if not images:
+        raise InputError(f'CONFIG: wanted images in the training set of {config.filename}, got none')
+    chosen = np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(int)
+    return [images[i] for i in chosen], [truths[i] if truths[i] and truths[i].is_file() else None for i in chosen]
+
+
+@torch.no_grad()
+def gather(
+    model: nn.Module, reader: FileReader, images: Sequence[Path], truths: Sequence[Optional[Path]], target: str
+) -> Tuple[List[Example], List[Window]]:
+    """Runs the dense segmentor over images, by the test pipeline and its own inference, each once.
+
+    Args:
+        model: the dense segmentor, in evaluation mode.
+        reader: of its config.
+        images: files.
+        truths: the files of their labels, or None.
+        target: ``'mixed'``, what the model sees in each window, or ``'labels'``.
+
+    Raises:
+        InputError: an image cannot be read, or has no labels where these are the target.
+    """
+    patch = model.backbone.patch_size
+    examples, windows = [], []
+    for path, truth in track(list(zip(images, truths)), 'dense model'):
+        data, labels = reader.read(path, truth)
+        if labels is None and target == 'labels':
+            raise InputError(f'--target labels: wanted labels of each image, got none of {path}')
+        size, seen = tuple(data['inputs'].shape[1:]), []
+
+        def encode_decode(inputs, batch_img_metas, size=size, seen=seen, labels=labels):
+            logits = type(model).encode_decode(model, inputs, batch_img_metas)
+            y, x = divmod(inputs.storage_offset(), inputs.stride(2))  # slide inference takes views of the image
+            box = (y, x, *inputs.shape[2:])
+            shares = class_shares(logits, patch) if target == 'mixed' else _label_shares(labels, size, box, patch)
+            seen.append((box, shares[0].cpu()))
+            return logits
+
+        model.encode_decode = encode_decode
+        try:
+            (sample,) = model.test_step(pseudo_collate([deepcopy(data)]))
+        finally:
+            del model.encode_decode
+        windows += [Window(len(examples), box, shares) for box, shares in seen]
+        prediction = sample.pred_sem_seg.data[0].cpu()
+        examples.append(Example(data, prediction.to(torch.uint8 if prediction.max() < 256 else torch.int32), labels))
+    return examples, windows
+
+
+def _label_shares(labels: np.ndarray, size: Grid, box: Tuple[int, int, int, int], patch: int) -> Tensor:
+    """(1, K, h, w), the share of each class in the cells of a window; cells without labels are empty."""
+    known = torch.from_numpy(labels.astype(np.int64))
+    known = F.interpolate(known[None, None].float(), size=size, mode='nearest')[0, 0].long()
+    y, x, height, width = box
+    known = known[y : y + height, x : x + width]
+    known = F.pad(known, (0, width - known.shape[1], 0, height - known.shape[0]), value=IGNORE_INDEX)
+    classes = labels[labels != IGNORE_INDEX]
+    mass = torch.stack([(known == c).float() for c in range(int(classes.max(initial=0)) + 1)])
+    return F.avg_pool2d(mass[None], patch, ceil_mode=True)
+
+
+def pixels(model: nn.Module, example: Example, window: Window) -> Tensor:
+    """(C, height, width), a window as the backbone sees it."""
+    batch = dict(inputs=[example.data['inputs']], data_samples=[SegDataSample()])
+    y, x, height, width = window.box
+    return model.data_preprocessor(batch, training=False)['inputs'][0, :, y : y + height, x : x + width]
