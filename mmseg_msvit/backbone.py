@@ -7,7 +7,7 @@ from mmseg.models.backbones import VisionTransformer
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from .blocks import Places, block_of
+from .blocks import Block, Places, block_of
 from .mixed_scale import MixedScale
 from .positions import rotary
 from .tokens import TokenMap
@@ -66,7 +66,7 @@ class MSViT(MixedScale, VisionTransformer):
             del self.pos_embed
             self.register_buffer('pos_embed', torch.zeros(1, 1, self.embed_dims), persistent=False)
 
-    def _block(self, layer: nn.Module) -> nn.Module:
+    def block(self, layer: nn.Module) -> Block:
         return block_of(layer, **self._of_block)
 
     def position(self, tokens: TokenMap) -> Optional[Tensor]:

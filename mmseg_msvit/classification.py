@@ -38,7 +38,7 @@ class ClassificationMSViT(MSViT):
                 'in which no gradient of the task reaches it'
             )
 
-    def _output(self, x: Tensor, tokens: TokenMap) -> Tensor:
+    def output(self, x: Tensor, tokens: TokenMap) -> Tensor:
         return tokens.to_cls(x)  # (B, C)
 
 

@@ -17,7 +17,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import Places, block_of
+from .blocks import Block, Places, block_of
 from .checkpoint import ADDED, adapt, fit, misshapen, refuse
 from .embedding import CoarseDetail, PatchRows, ZeroLinear, area_mean, pad_to_regions, patches_at, patchify
 from .gate_losses import GateLoss
@@ -36,8 +36,9 @@ class MixedScale(GateLossSlot):
     """What turns a library's plain ViT into one over tokens of several scales; to be inherited before it.
 
     The library's class makes patch embedding, cls token, positions, encoder layers and norms, with its own constructor
-    and names. Three methods are there for others to override: :meth:`tokenize` (a tokeniser of one's own),
-    :meth:`between` (a reducer of tokens), :meth:`position` and :meth:`places` (another way of saying where a token is).
+    and names. For others to override there are :meth:`tokenize` (a tokeniser of one's own), :meth:`between` (a reducer
+    of tokens), :meth:`position` and :meth:`places` (another way of saying where a token is), :meth:`block` (another
+    family of layers) and :meth:`output` (what a head gets).
 
     Args:
         scales: pixels along a token's side at each level, the finest first, each a multiple of the one before. The
@@ -138,10 +139,11 @@ class MixedScale(GateLossSlot):
         if out_detail == 'residual':
             outputs = len(self.out_indices) + int(self.out_origin)
             self.out_details = nn.ModuleList(ZeroLinear(self.embed_dims, self.embed_dims) for _ in range(outputs))
-        self.layers = nn.ModuleList(self._block(layer) for layer in self.layers)
+        self.layers = nn.ModuleList(self.block(layer) for layer in self.layers)
         self.register_load_state_dict_pre_hook(MixedScale._adapt_loaded)
 
-    def _block(self, layer: nn.Module) -> nn.Module:
+    def block(self, layer: nn.Module) -> Block:
+        """What runs in the place of one of the library's encoder layers, with its parameters under their names."""
         return block_of(layer)
 
     def to_own_names(self, tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
@@ -218,7 +220,7 @@ class MixedScale(GateLossSlot):
             self.keep_for_losses(seen, tokens, decision)
 
         x = self.embed(images, tokens)  # (N, C)
-        outputs = [self._output(x, tokens)] if self.out_origin else []
+        outputs = [self.output(x, tokens)] if self.out_origin else []
         whole, places = tokens, self.places(tokens)
         for i, layer in enumerate(self.layers):
             if self.with_cp and x.requires_grad:
@@ -228,7 +230,7 @@ class MixedScale(GateLossSlot):
             if i == len(self.layers) - 1 and self.final_norm:
                 x = self.norm1(x)
             if i in self.out_indices:
-                outputs.append(self._output(x, tokens))
+                outputs.append(self.output(x, tokens))
             x, reduced = self.between(i, x, tokens)
             if reduced is not tokens:
                 tokens, places = reduced, self.places(reduced)
@@ -355,7 +357,8 @@ class MixedScale(GateLossSlot):
                 observer.begin()
         return self
 
-    def _output(self, x: Tensor, tokens: TokenMap):
+    def output(self, x: Tensor, tokens: TokenMap):
+        """What the backbone returns of the tokens (N, C) after a block."""
         grid = tokens.to_grid(x)
         return [grid, tokens.to_cls(x)] if self.output_cls_token else grid
 

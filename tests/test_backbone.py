@@ -392,6 +392,7 @@ def test_non_finite_gate_weights():
         model.train()(torch.zeros(1, 3, 64, 64))
 
 
+@pytest.mark.slow
 def test_torch_compile_gives_the_same():
     """By tracing alone: the number of tokens depends on the image, so that the graph breaks where they are counted."""
     model = build_msvit(num_layers=1, out_indices=(0,), **LEARNED)
