@@ -79,6 +79,7 @@ def test_the_dense_twin_of_dinov2_differs_by_its_gate(name):
     # what a linear probe of DINOv2 falls short without
     assert ours.backbone.final_norm and ours.backbone.norm_cfg.eps == 1e-6 and ours.data_preprocessor.bgr_to_rgb
     assert ours.data_preprocessor.mean == [123.675, 116.28, 103.53] and ours.backbone.img_size == 518
+    assert ours.data_preprocessor.test_cfg.size_divisor == ours.backbone.patch_size
 
 
 def real(config, split, root):
@@ -154,3 +155,18 @@ def test_cityscapes_layout(tmp_path):
         (result,) = model.test_step(pseudo_collate([dataset[0]]))
     assert result.pred_sem_seg.data.shape == (1, 128, 256)
     assert (result.gt_sem_seg.data[0].numpy() == labels).all()
+
+
+def test_a_test_image_of_partial_patches_is_predicted_in_place(shared):
+    """Classes by column: each pixel must get the class of the cell that it lies in."""
+    config = load('configs/dinov2/segmenter_dinov2-s14_fcn_1xb4-1k_camvid-252x252.py')
+    config.model.backbone.update(num_layers=1, out_indices=0)
+    model = MODELS.build(config.model).eval()
+    data = real(config, 'test', shared('data/camvid'))[0]
+    columns = torch.arange(35)
+    logits = torch.nn.functional.one_hot(columns % 11, 11).T[None, :, None].expand(1, 11, 26, 35).float()
+    model.decode_head.conv_seg.register_forward_hook(lambda *args: logits)
+    with torch.no_grad():
+        (result,) = model.test_step(pseudo_collate([data]))
+    centre = 14 * torch.arange(34) + 7
+    assert torch.equal(result.pred_sem_seg.data[0, 180, centre], columns[:34] % 11)
