@@ -88,7 +88,10 @@ def variants(args) -> dict:
         return lambda images: [model(images, mode='tensor')]
 
     def build(path):
-        model = first_values(load_config(path))
+        config = load_config(path)
+        if args.scales and path == args.config:
+            config.model.backbone.scales = tuple(args.scales)
+        model = first_values(config)
         check_backbone(model, MixedScale if path == args.config else PLAIN_VITS, path)
         return model
 
@@ -201,6 +204,7 @@ def main() -> None:
     parser.add_argument('config', help='config with an MSViT')
     parser.add_argument('--against', nargs='*', default=[], help='more configs, such as the dense twin')
     parser.add_argument('--gate', default='own', help="own (the config's), fine, coarse, or random:P")
+    parser.add_argument('--scales', nargs='+', type=positive, help="pixels of a token's side, in the config's place")
     parser.add_argument('--mode', choices=('test', 'train'), default='test')
     parser.add_argument('--part', choices=('encoder', 'segmentor'), default='encoder')
     parser.add_argument(
