@@ -159,7 +159,7 @@ def test_cityscapes_layout(tmp_path):
 
 def test_a_test_image_of_partial_patches_is_predicted_in_place(shared):
     """Classes by column: each pixel must get the class of the cell that it lies in."""
-    config = load('configs/dinov2/segmenter_dinov2-s14_fcn_1xb4-1k_camvid-252x252.py')
+    config = load('configs/dinov2/segmenter_dinov2-s14_fcn_1xb4-600_camvid-252x252.py')
     config.model.backbone.update(num_layers=1, out_indices=0)
     model = MODELS.build(config.model).eval()
     data = real(config, 'test', shared('data/camvid'))[0]

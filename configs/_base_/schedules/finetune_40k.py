@@ -1,5 +1,5 @@
 # AdamW with layer decay for weights that are pretrained, 40000 steps.
-_base_ = './finetune_1k.py'
+_base_ = './finetune_600.py'
 max_iters = 40000
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, begin=0, end=1500, by_epoch=False),

@@ -1,6 +1,6 @@
 # DINOv2 ViT-S/14 with a linear head on CamVid, the gate learned jointly.
-#   mim train mmsegmentation configs/dinov2/segmenter_msvit-dinov2-s14_fcn_1xb4-1k_camvid-252x252.py
-_base_ = ['./segmenter_dinov2-s14_fcn_1xb4-1k_camvid-252x252.py', '../_base_/msvit_dinov2.py']
+#   mim train mmsegmentation configs/dinov2/segmenter_msvit-dinov2-s14_fcn_1xb4-600_camvid-252x252.py
+_base_ = ['./segmenter_dinov2-s14_fcn_1xb4-600_camvid-252x252.py', '../_base_/msvit_dinov2.py']
 model = dict(backbone=_base_.learned_gate)
 optim_wrapper = dict(paramwise_cfg=dict(gate_lr_mult=10.0))
 val_evaluator = [_base_.val_evaluator, dict(type='TokenMetric')]

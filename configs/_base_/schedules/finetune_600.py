@@ -1,6 +1,6 @@
-# AdamW with layer decay for weights that are pretrained, 1000 steps.
+# AdamW with layer decay for weights that are pretrained, 600 steps.
 _base_ = './adamw_400.py'
-max_iters = 1000
+max_iters = 600
 optim_wrapper = dict(
     _delete_=True,
     type='OptimWrapper',
@@ -14,4 +14,4 @@ param_scheduler = [
     dict(type='PolyLR', eta_min=0.0, power=0.9, begin=100, end=max_iters, by_epoch=False),
 ]
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
-default_hooks = dict(checkpoint=dict(interval=250))
+default_hooks = dict(checkpoint=dict(interval=200))
