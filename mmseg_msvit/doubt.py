@@ -17,7 +17,8 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .gate_losses import GateLoss, gather_batch
+from .gate_losses import ShareLoss, gather_batch
+from .inspection import find_msvit, looking_at
 from .selection import Decision
 from .tokens import TokenMap
 
@@ -140,39 +141,65 @@ class Teacher:
         return Teacher.of, (self.config, self.checkpoint)
 
 
+@torch.no_grad()
+def dense_prediction(segmentor: nn.Module, images: Tensor) -> Tensor:
+    """Class logits (B, K, H, W) of a mixed-scale segmentor with all tokens fine, of normalised images (B, C, H, W).
+
+    The segmentor is as it was afterwards, in its mode too, and nobody else learns of this pass.
+    """
+    select = find_msvit(segmentor).select
+    decides = select.threshold, select.token_budget
+    select.threshold, select.token_budget = 1.0, None  # no probability is above it
+    try:
+        with looking_at(segmentor):
+            return segmentor.encode_decode(images, [dict(img_shape=tuple(images.shape[2:]))] * len(images))
+    finally:
+        select.threshold, select.token_budget = decides
+
+
 @MODELS.register_module()
-class DoubtLoss(GateLoss):
-    """Cross-entropy of the logit against :func:`doubt_target`, as a trained dense segmentor sees each region.
+class DoubtLoss(ShareLoss):
+    """Cross-entropy of the logit against :func:`doubt_target`, as a dense segmentor sees each region.
 
     Chosen here. It needs no labels, and gives every region a place in one order, so that another threshold is another
     budget. The teacher sees the images as the model's own preprocessor has normalised them: both need the same ``mean``
     and ``std``, and nothing checks it.
 
     Args:
-        teacher: ``dict(config=..., checkpoint=...)``, see :class:`Teacher`.
+        teacher: ``dict(config=..., checkpoint=...)``, see :class:`Teacher`; None for the segmentor that is trained, all
+            fine: a dense forward more in each step, and a target that is worth what has been learned so far.
         target_coarse: the share of regions whose target is above one half. The scale of doubts at which that is so is a
             running mean over the steps, and part of a checkpoint.
+        target_warmup: see :class:`ShareLoss`.
         momentum: of that mean.
     """
 
     default_name = 'loss_doubt'
 
-    def __init__(self, teacher: dict, target_coarse: float = 0.5, momentum: float = 0.01, **kwargs):
+    def __init__(self, teacher: Optional[dict] = None, momentum: float = 0.01, **kwargs):
         super().__init__(**kwargs)
-        if not isinstance(teacher, dict) or set(teacher) != {'config', 'checkpoint'}:
+        if teacher is not None and (not isinstance(teacher, dict) or set(teacher) != {'config', 'checkpoint'}):
             raise ValueError(f'teacher must be dict(config=..., checkpoint=...) of a dense segmentor, got {teacher}')
-        if not 0 < target_coarse < 1:
-            raise ValueError(f'target_coarse must be in (0, 1), got {target_coarse}')
         if not 0 < momentum <= 1:
             raise ValueError(f'momentum must be in (0, 1], got {momentum}')
-        self.teacher = Teacher.of(**teacher)
-        self.target_coarse = target_coarse
+        self.teacher = None if teacher is None else Teacher.of(**teacher)
+        self.asks_segmentor = teacher is None
         self.momentum = momentum
         self.register_buffer('scale', torch.zeros(2))  # by doubt_scale; zeros before the first step
 
-    def of_step(self, decision: Decision, tokens: TokenMap, data_samples: Sequence, images: Tensor) -> Tensor:
-        doubt, _ = region_doubt(class_shares(self.teacher(images), self.region))  # (B, hc, wc)
-        now = doubt_scale(gather_batch(doubt.flatten()), self.target_coarse)
+    def of_step(
+        self,
+        decision: Decision,
+        tokens: TokenMap,
+        data_samples: Sequence,
+        images: Tensor,
+        segmentor: Optional[nn.Module] = None,
+    ) -> Tensor:
+        if self.teacher is None and segmentor is None:
+            raise ValueError('DoubtLoss without a teacher asks the segmentor: pop_gate_losses needs segmentor=')
+        seen = dense_prediction(segmentor, images) if self.teacher is None else self.teacher(images)
+        doubt, _ = region_doubt(class_shares(seen, self.region))  # (B, hc, wc)
+        now = doubt_scale(gather_batch(doubt.flatten()), self.target())
         self.scale.copy_(torch.where(self.scale[1] > 0, self.scale.lerp(now, self.momentum), now))
         logits = decision.logits[self.level - 1]
         return self.loss_weight * F.binary_cross_entropy_with_logits(logits, doubt_target(doubt, self.scale))

@@ -84,6 +84,8 @@ class GateLoss(BaseModule):
     default_name: ClassVar[str]
     # Whether the loss reads the ground truth of data_samples: then it must be known which image each belongs to.
     reads_labels = False
+    # Whether of_step takes the segmentor itself beside the rest, as ``segmentor=``.
+    asks_segmentor = False
 
     def __init__(
         self,
@@ -107,14 +109,17 @@ class GateLoss(BaseModule):
         self.loss_name = loss_name if level == 1 else f'{loss_name}_{level}'
         self.warmup = warmup
         if warmup:
-            self.register_buffer('steps', torch.zeros(()))  # float, since hooks average it with the weights
+            self.count_steps()
+
+    def count_steps(self) -> None:
+        """Has training steps counted in ``steps``; float, since hooks average it with the weights."""
+        self.register_buffer('steps', torch.zeros(()))
 
     def take_step(self) -> Union[float, Tensor]:
         """The factor of the warm-up in this training step, which is counted."""
-        if not self.warmup:
-            return 1.0
-        factor = (self.steps / self.warmup).clamp(max=1)
-        self.steps += 1
+        factor = (self.steps / self.warmup).clamp(max=1) if self.warmup else 1.0
+        if hasattr(self, 'steps'):
+            self.steps += 1
         return factor
 
     def of_step(self, decision: Decision, tokens: TokenMap, data_samples: Sequence, images: Tensor) -> Tensor:
@@ -126,8 +131,35 @@ class GateLoss(BaseModule):
         raise NotImplementedError
 
 
+class ShareLoss(GateLoss):
+    """Base of the gate losses that want a share of the regions to be coarse.
+
+    Args:
+        target_coarse: the wanted share.
+        target_warmup: training steps over which it grows linearly to that, from 0: a training that begins dense. The
+            gate should then begin so too, by a small ``init_coarse``. They are counted in a buffer, as ``warmup`` is.
+    """
+
+    def __init__(self, target_coarse: float = 0.5, target_warmup: int = 0, **kwargs):
+        super().__init__(**kwargs)
+        if not 0 < target_coarse < 1:
+            raise ValueError(f'target_coarse must be in (0, 1), got {target_coarse}')
+        if target_warmup < 0:
+            raise ValueError(f'target_warmup must be a number of steps, not negative, got {target_warmup}')
+        self.target_coarse = target_coarse
+        self.target_warmup = target_warmup
+        if target_warmup and not self.warmup:
+            self.count_steps()
+
+    def target(self) -> Union[float, Tensor]:
+        """The share that is wanted in this training step."""
+        if not self.target_warmup:
+            return self.target_coarse
+        return self.target_coarse * (self.steps / self.target_warmup).clamp(max=1)
+
+
 @MODELS.register_module()
-class GeneralizedBatchShapingLoss(GateLoss):
+class GeneralizedBatchShapingLoss(ShareLoss):
     """The loss of MSViT: for each position of the region grid a relaxed-Bernoulli prior with a learned mean.
 
     The means themselves follow a Gaussian hyperprior, so that the gate may learn that skies are at the top. The
@@ -138,6 +170,7 @@ class GeneralizedBatchShapingLoss(GateLoss):
 
     Args:
         target_coarse: mean of the hyperprior: the wanted share of coarse regions.
+        target_warmup: see :class:`ShareLoss`; the priors begin where it does.
         spread: standard deviation of the hyperprior.
         temperature: first temperature of the priors.
         temperature_weight: factor of the penalty mean(tau^2), which keeps the priors bimodal; chosen here.
@@ -149,7 +182,6 @@ class GeneralizedBatchShapingLoss(GateLoss):
 
     def __init__(
         self,
-        target_coarse: float = 0.5,
         spread: float = 0.1,
         temperature: float = 0.3,
         temperature_weight: float = 0.01,
@@ -158,14 +190,11 @@ class GeneralizedBatchShapingLoss(GateLoss):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if not 0 < target_coarse < 1:
-            raise ValueError(f'target_coarse must be in (0, 1), got {target_coarse}')
         if not (spread > 0 and temperature > 0 and memory_size >= 0):
             raise ValueError(
                 'spread and temperature must be positive and memory_size not negative, '
                 f'got {spread}, {temperature} and {memory_size}'
             )
-        self.target_coarse = target_coarse
         self.spread = spread
         self.temperature_weight = temperature_weight
         self.hyperprior_weight = hyperprior_weight
@@ -174,7 +203,7 @@ class GeneralizedBatchShapingLoss(GateLoss):
         # The means start where the hyperprior wants them, at its quantiles, dealt to the positions at random.
         order = torch.randperm(positions, generator=torch.Generator().manual_seed(0))
         quantile = (order.double() + 1) / (positions + 1)
-        mean = target_coarse + spread * math.sqrt(2) * torch.erfinv(2 * quantile - 1)
+        mean = float(self.target()) + spread * math.sqrt(2) * torch.erfinv(2 * quantile - 1)
         self.prior_mean_logit = nn.Parameter(mean.clamp(0.02, 0.98).logit().float().view(1, 1, *self.grid))
         self.prior_log_temperature = nn.Parameter(torch.full((1, 1, *self.grid), math.log(temperature)))
         # (memory_size, gh, gw), latest first; -1 where nothing has been seen yet. Of one shape always: averaging hooks
@@ -193,7 +222,8 @@ class GeneralizedBatchShapingLoss(GateLoss):
         values = torch.cat((scaled, self._nearest(self.memory, m.shape[1:])))  # (n + memory_size, hc, wc)
         prior = batch_shaping_loss(values.flatten(1), lambda x: relaxed_bernoulli_cdf(x, mean, temperature), present)
         self.memory.copy_(torch.cat((self._nearest(m.detach(), self.grid), self.memory))[: self.memory_size])
-        hyperprior = batch_shaping_loss(means.view(-1, 1), lambda x: normal_cdf(x, self.target_coarse, self.spread))
+        target = self.target()
+        hyperprior = batch_shaping_loss(means.view(-1, 1), lambda x: normal_cdf(x, target, self.spread))
         penalty = temperatures.square().mean()
         return self.loss_weight * (prior + self.hyperprior_weight * hyperprior + self.temperature_weight * penalty)
 
@@ -245,27 +275,16 @@ class BatchShapingLoss(GateLoss):
 
 
 @MODELS.register_module()
-class TokenBudgetLoss(GateLoss):
+class TokenBudgetLoss(ShareLoss):
     """(mean of m - target)^2: holds the mean share of coarse regions, and says nothing about which ones.
 
-    Args:
-        target_coarse: the wanted share.
+    Takes the arguments of :class:`ShareLoss`.
     """
 
     default_name = 'loss_budget'
 
-    def __init__(
-        self,
-        target_coarse: float = 0.5,
-        **kwargs,
-    ):
-        super().__init__(**kwargs)
-        if not 0 <= target_coarse <= 1:
-            raise ValueError(f'target_coarse must be in [0, 1], got {target_coarse}')
-        self.target_coarse = target_coarse
-
     def forward(self, logits: Tensor, data_samples: Sequence = ()) -> Tensor:
-        return self.loss_weight * (gather_batch(logits.sigmoid().flatten()).mean() - self.target_coarse).square()
+        return self.loss_weight * (gather_batch(logits.sigmoid().flatten()).mean() - self.target()).square()
 
 
 @MODELS.register_module()

@@ -1,10 +1,10 @@
 """What lies between a training forward and its gate losses."""
 
 import warnings
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .selection import Decision
 from .tokens import TokenMap
@@ -42,11 +42,12 @@ class GateLossSlot:
         """From now on until :meth:`pop_gate_losses`, every training forward is kept, for a step may have several."""
         self._gated, self._collecting = (), True
 
-    def pop_gate_losses(self, data_samples: Sequence) -> Dict[str, Tensor]:
+    def pop_gate_losses(self, data_samples: Sequence, segmentor: Optional[nn.Module] = None) -> Dict[str, Tensor]:
         """The gate's losses of the last training forward, or of all that were collected, and what to log.
 
         Args:
             data_samples: what the segmentor got, with the ground truth.
+            segmentor: which has this backbone, for losses that ask it.
 
         Returns:
             ``loss_*`` scalars with gradient, means over the forwards; what :meth:`Decision.statistics` gives; and
@@ -64,7 +65,8 @@ class GateLossSlot:
                         f'{type(loss).__name__} reads data_samples, and the backbone ran {len(gated)} times in this '
                         'step: which images the labels belong to is not known. Use a gate loss without labels'
                     )
-                value = loss.take_step() * loss.of_step(decision, tokens, data_samples, images)
+                more = dict(segmentor=segmentor) if loss.asks_segmentor else {}
+                value = loss.take_step() * loss.of_step(decision, tokens, data_samples, images, **more)
                 found.setdefault(loss.loss_name, []).append(value)
             for name, value in decision.statistics().items():
                 found.setdefault(name, []).append(value)

@@ -82,7 +82,7 @@ def _add_gate_losses(module, args, kwargs, output):
     if kwargs.get('mode') != 'loss':
         return None
     data_samples = kwargs['data_samples'] if 'data_samples' in kwargs else args[1]
-    gate = find_msvit(module).pop_gate_losses(data_samples)
+    gate = find_msvit(module).pop_gate_losses(data_samples, module)
     return {**output, **{f'gate.{name}': value for name, value in gate.items()}}
 
 

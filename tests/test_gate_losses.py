@@ -2,6 +2,8 @@ import copy
 import itertools
 import json
 import math
+import pickle
+from types import SimpleNamespace
 
 import pytest
 import scipy.stats
@@ -9,7 +11,7 @@ import torch
 import torch.distributed as dist
 from conftest import build_msvit, sample
 from mmengine.config import Config
-from mmengine.model import ExponentialMovingAverage, StochasticWeightAverage
+from mmengine.model import ExponentialMovingAverage, StochasticWeightAverage, revert_sync_batchnorm
 from mmseg.registry import MODELS
 from torch.autograd import gradcheck
 
@@ -21,6 +23,7 @@ from mmseg_msvit.gate_losses import (
     region_purity,
     relaxed_bernoulli_cdf,
 )
+from mmseg_msvit.hooks import GateLossHook
 from mmseg_msvit.selection import Decision
 
 
@@ -334,6 +337,27 @@ def test_doubt_loss_teaches_every_level_what_its_teacher_doubts(teacher):
     assert len(asked) == 1 and len(one.answers) == 1  # those of the images of this test alone
 
 
+def test_doubt_loss_can_ask_the_segmentor_itself(teacher):
+    """A pupil of the teacher's weights doubts as the teacher does, while some of its own tokens are coarse."""
+    dense, argument = teacher
+    config = Config.fromfile(argument['config']).model
+    own, other = dict(type='DoubtLoss', loss_name='loss_own'), dict(type='DoubtLoss', teacher=argument)
+    config.backbone.update(type='MSViT', patch_bias=False, gate_loss=[own, other], train_tokens='active')
+    model = revert_sync_batchnorm(MODELS.build(config)).train()
+    model.load_state_dict(dense.state_dict(), strict=False)
+    GateLossHook().before_train(SimpleNamespace(model=model))
+    model.backbone.gate.last.bias.data.fill_(0.0)  # half of the regions are coarse
+    labelled = sample(torch.zeros(64, 64, dtype=torch.long))
+    losses = model(torch.randn(2, 3, 64, 64), [labelled] * 2, mode='loss')
+    assert 0 < losses['gate.coarse_fraction'] < 1
+    torch.testing.assert_close(losses['gate.loss_own'], losses['gate.loss_doubt'])
+    assert losses['gate.loss_own'].requires_grad and model.backbone.select.threshold == 0.5
+    assert all(module.training for module in model.modules())
+    with pytest.raises(ValueError, match='DoubtLoss without a teacher asks the segmentor: pop_gate_losses needs'):
+        model.backbone(torch.randn(2, 3, 64, 64))
+        model.backbone.pop_gate_losses([labelled] * 2)
+
+
 def test_a_running_doubt_is_in_the_checkpoint(teacher):
     loss = MODELS.build(dict(type='DoubtLoss', teacher=teacher[1], momentum=0.5))
     decision = Decision([torch.zeros(1, 2, 2)], [])
@@ -367,6 +391,20 @@ def test_warmup_counts_steps_in_the_checkpoint(kind):
     assert averaged.module.gate_losses[0].steps == 3
 
 
+@pytest.mark.parametrize('warmup', [0, 2])
+def test_a_target_grows_from_none_to_what_is_asked(warmup):
+    """(mean of m - target)^2 with m = 1/2 everywhere says what the target is."""
+    loss = build('TokenBudgetLoss', target_coarse=0.4, target_warmup=4, warmup=warmup)
+    found = []
+    for _ in range(6):
+        loss.take_step()
+        found.append(0.5 - loss(torch.zeros(1, 2, 2)).sqrt().item())
+        loss = pickle.loads(pickle.dumps(loss))
+    assert found == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    shaped = build('GeneralizedBatchShapingLoss', target_coarse=0.4, target_warmup=4)
+    assert shaped.prior_mean_logit.sigmoid().mean() < 0.1  # the priors begin dense too
+
+
 def test_statistics_of_a_decision():
     logits = [torch.tensor([[[9.0, -9, 0.1]], [[9, 9, -0.1]]]), torch.tensor([[[40.0]], [[-40]]])]
     found = Decision(logits, [logits[0] > 0, logits[1] > 0]).statistics()
@@ -384,6 +422,7 @@ def test_statistics_of_a_decision():
         ('PurityLoss', dict(purity=0.0), 'purity must be in'),
         ('BatchShapingLoss', dict(a=-1.0), 'a and b must be positive'),
         ('TokenBudgetLoss', dict(target_coarse=2), 'target_coarse must be in'),
+        ('TokenBudgetLoss', dict(target_warmup=-1), 'target_warmup must be a number of steps, not negative, got -1'),
         ('TokenBudgetLoss', dict(warmup=-1), 'warmup must be a number of steps, not negative, got -1'),
         ('DoubtLoss', dict(teacher=dict(config='a.py')), r'teacher must be dict\(config=..., checkpoint=...\)'),
         ('DoubtLoss', dict(teacher=dict(config='', checkpoint=''), target_coarse=1), 'target_coarse must be in'),
