@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument('--gate', choices=tuple(GATES), default='context')
     parser.add_argument('--budget', type=float, default=0.6, help='share of the dense tokens that is kept on average')
     parser.add_argument('--scales', type=positive, nargs='+', help="pixels of a token's side; two by default")
-    parser.add_argument('--steps', type=positive, default=1000, help='of the optimizer, each of 8 images')
+    parser.add_argument('--steps', type=positive, default=500, help='of the optimizer, each of 8 images')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     args = parser.parse_args()
     if not 0 < args.budget < 1:
