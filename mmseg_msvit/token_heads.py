@@ -48,6 +48,15 @@ class TokenHead:
             observer(self, found.tokens)
         return found.tokens.split_prefix(found.x)[1], found.tokens.with_prefix(0)
 
+    def write(self, x: Tensor, tokens: TokenMap) -> Tensor:
+        """What the tokens (M, K) say to logits (B, K, h, w).
+
+        At test time classes are last in memory, and stay so: mmseg's upsampling and argmax then take half the time on a
+        CPU. Its loss would take twice as long.
+        """
+        logits = tokens.to_grid(x)
+        return logits if self.training else logits.contiguous(memory_format=torch.channels_last)
+
     def macs(self, tokens: int) -> int:
         """Multiply-accumulates for one image of so many tokens, without cls and registers."""
         raise NotImplementedError
@@ -80,7 +89,7 @@ class TokenLinearHead(TokenHead, FCNHead):
         if self.training and self.dropout is not None:  # mmseg's drops channels of an image
             kept = self.dropout(x.new_ones(len(tokens.lengths), x.shape[1], 1, 1)).flatten(1)  # (B, C)
             x = x * kept[tokens.image]
-        logits = tokens.to_grid(F.linear(x, self.conv_seg.weight.flatten(1)))  # (B, classes, h, w)
+        logits = self.write(F.linear(x, self.conv_seg.weight.flatten(1)), tokens)  # (B, classes, h, w)
         return logits + self.conv_seg.bias[:, None, None]  # here, so that weights of tokens do not weigh it
 
     def macs(self, tokens: int) -> int:
@@ -111,7 +120,7 @@ class TokenSegmenterHead(TokenHead, SegmenterMaskTransformerHead):
         queries = F.normalize(self.classes_proj(queries), dim=2)
         x = F.normalize(self.patch_proj(x), dim=1)
         masks = torch.cat([part @ own.T for part, own in zip(x.split(tokens.lengths), queries)])  # (M, K)
-        return tokens.to_grid(self.mask_norm(masks))  # (B, K, h, w)
+        return self.write(self.mask_norm(masks), tokens)  # (B, K, h, w)
 
     def macs(self, tokens: int) -> int:
         queries, (dims, inner) = self.num_classes, (self.dec_proj.in_features, self.dec_proj.out_features)

@@ -1,6 +1,7 @@
 """Heads on tokens: mmseg's heads where all tokens are fine, and on any tokens what mmseg's says of each image's own."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -306,3 +307,49 @@ def test_heads_that_cannot_be():
     transform = dict(input_transform='resize_concat', in_index=(0, 1), in_channels=(16, 16))
     with pytest.raises(ValueError, match='input_transform must be None'):
         MODELS.build(dict(LINEAR, type='TokenLinearHead', **transform))
+
+
+@torch.no_grad()
+def test_classes_are_last_in_memory_at_test_time_alone():
+    """So that upsampling and argmax, which the segmentor does, go over classes that lie side by side."""
+    model = build('mask', gate=FINE)
+    images = torch.randn(2, 3, 64, 96)
+    last = dict(memory_format=torch.channels_last)
+    packed = model.backbone(images)
+    assert model.decode_head(packed).is_contiguous(**last)
+    metas = [dict(img_shape=(64, 96))] * 2
+    assert model.encode_decode(images, metas).is_contiguous(**last)
+    assert model.train().decode_head(packed).is_contiguous()
+
+
+@pytest.mark.slow
+def test_tools_take_a_model_with_a_head_on_tokens(config, scenes, tool, tmp_path):
+    config.model.backbone.update(gate=dict(type='FixedGate', coarse=False), out_type='tokens')
+    config.model.backbone.pop('gate_loss')
+    config.model.decode_head.type = 'TokenSegmenterHead'
+    path, checkpoint = tmp_path / 'config.py', tmp_path / 'weights.pth'
+    config.dump(str(path))
+    torch.save(MODELS.build(config.model).state_dict(), checkpoint)
+    out = tmp_path / 'converted'
+    options = ['--steps', 2, '--limit', 2, '--budget', 0.6, '--device', 'cpu']
+    assert tool('fit_gate.py', path, checkpoint, '--out', out, *options) is None
+    converted = out / 'config.py', out / 'checkpoint.pth'
+    assert tool('get_flops.py', *converted, '--json', tmp_path / 'f.json') is None
+    found = json.loads((tmp_path / 'f.json').read_text())
+    assert 0 < found['head']['of_dense'] < 1
+    assert tool('show_tokens.py', *converted, scenes / 'images/val', '--out', tmp_path / 'pictures') is None
+    line = [
+        'benchmark.py',
+        out / 'config.py',
+        '--part',
+        'segmentor',
+        '--size',
+        64,
+        '--repeat',
+        1,
+        '--gate',
+        'random:0.5',
+    ]
+    assert tool(*line, '--batch', 2, '--device', 'cpu', '--json', tmp_path / 'b.json') is None
+    rows = {row['name']: row for row in json.loads((tmp_path / 'b.json').read_text())['rows']}
+    assert rows['MSViT']['gmacs'] < rows['all fine']['gmacs'] and rows['MSViT']['ratio_of']['all fine'] > 0
