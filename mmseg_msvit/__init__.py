@@ -13,6 +13,7 @@ from .gates import ContextGate, FixedGate, MLPGate, RandomGate, VarianceGate
 from .hooks import GateLossHook, TokenMapHook, ViTWeightsHook
 from .metrics import TokenMetric
 from .optim import MSViTLayerDecayConstructor
+from .token_heads import TokenLinearHead, TokenSegmenterHead
 
 __version__ = '0.1.0'
 
@@ -31,8 +32,10 @@ __all__ = [
     'PurityLoss',
     'RandomGate',
     'TokenBudgetLoss',
+    'TokenLinearHead',
     'TokenMapHook',
     'TokenMetric',
+    'TokenSegmenterHead',
     'VarianceGate',
     'ViTWeightsHook',
 ]

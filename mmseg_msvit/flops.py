@@ -68,9 +68,10 @@ def operator_macs(function: Callable, *args) -> int:
 
 
 class HeadMacs:
-    """MACs of a segmentor's neck and decode head, which see the dense grid and cost the same for any tokens.
+    """MACs of a segmentor's neck and decode head.
 
-    Counted on copies without data, once for each grid.
+    A head on tokens says by its ``macs`` what so many cost. All else sees the dense grid and costs the same for any
+    tokens: it is counted on copies without data, once for each grid.
 
     Args:
         model: a segmentor, :class:`mmseg.models.EncoderDecoder`.
@@ -85,11 +86,15 @@ class HeadMacs:
             raise ValueError(f'the model must be a segmentor with one decode_head, got {type(model).__name__}')
         self.backbone = model.backbone
         self.neck = deepcopy(model.neck).to('meta').eval() if model.with_neck else None
-        self.head = deepcopy(head).to('meta').eval()
+        self.on_tokens = hasattr(head, 'macs')
+        self.head = head if self.on_tokens else deepcopy(head).to('meta').eval()
         self.known: Dict[Grid, Dict[str, int]] = {}
 
-    def __call__(self, grid: Grid) -> Dict[str, int]:
-        """``neck`` and ``head`` for one image of (h, w) cells."""
+    def __call__(self, grid: Grid, tokens: Optional[int] = None) -> Dict[str, int]:
+        """``neck`` and ``head`` for one image of (h, w) cells and so many tokens, cls among them; None for all fine."""
+        if self.on_tokens:
+            cells = grid[0] * grid[1] if tokens is None else tokens - prefix_tokens(self.backbone)
+            return dict(neck=0, head=self.head.macs(cells))
         if grid not in self.known:
             dims = self.backbone.patch_embed.embed_dims
             x = torch.empty(1, dims, *grid, device='meta')
@@ -129,13 +134,12 @@ def cost(
     Returns:
         ``tokens``, MACs of each part and in ``total``; and the dense ViT's, each name with ``dense_`` before it.
     """
-    after = heads(grid) if heads else {}
     found = {}
     for kind, count, parts in (
         ('', tokens, macs),
         ('dense_', grid[0] * grid[1] + prefix_tokens(backbone), dense_macs(backbone, grid)),
     ):
-        parts = {**parts, **after}
+        parts = {**parts, **(heads(grid, count) if heads else {})}
         found.update({f'{kind}{key}': value for key, value in parts.items()})
         found.update({f'{kind}tokens': count, f'{kind}total': sum(parts.values())})
     return found
@@ -146,6 +150,13 @@ def pass_costs(backbone: MixedScale, tokens: TokenMap, heads: Optional[HeadMacs]
     counts = tokens.active_counts().tolist()
     macs = backbone.macs(tokens)
     return [cost(backbone, tokens.grid, count, parts, heads) for count, parts in zip(counts, macs)]
+
+
+def head_costs(head: nn.Module, tokens: TokenMap) -> List[Dict[str, int]]:
+    """MACs of a head on tokens for each image of a batch, and of all fine ones: ``head`` and ``dense_head``."""
+    counts = (tokens.active_counts() - tokens.prefix).tolist()
+    dense = head.macs(tokens.dense_length - tokens.prefix)
+    return [dict(head=head.macs(count), dense_head=dense) for count in counts]
 
 
 def dense_cost(backbone: nn.Module, grid: Grid, heads: Optional[HeadMacs] = None) -> Dict[str, int]:

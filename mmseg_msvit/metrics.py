@@ -7,8 +7,9 @@ from weakref import WeakSet, WeakValueDictionary
 import numpy as np
 from mmengine.evaluator import BaseMetric
 from mmseg.registry import METRICS
+from torch import nn
 
-from .flops import PARTS, pass_costs
+from .flops import PARTS, head_costs, pass_costs
 from .mixed_scale import MixedScale
 from .tokens import TokenMap
 
@@ -58,14 +59,20 @@ class Recorder:
         for metric in self.metrics:
             metric.results.clear()
 
-    def __call__(self, backbone: MixedScale, tokens: TokenMap) -> None:
-        self.passes.append((backbone, tokens))
+    def __call__(self, part: nn.Module, tokens: TokenMap) -> None:
+        """Sees a backbone, or a head on the tokens of the backbone before it."""
+        self.passes.append((part, tokens))
 
     def take(self) -> List[List[Dict[str, int]]]:
         """A list for each pass, with a dict for each of its images; forgets them."""
-        passes = list(self.passes)
+        found: List[List[Dict[str, int]]] = []
+        for part, tokens in self.passes:
+            if isinstance(part, MixedScale):
+                found.append(pass_costs(part, tokens))
+            elif found:
+                found[-1] = [{**image, **head} for image, head in zip(found[-1], head_costs(part, tokens))]
         self.passes.clear()
-        return [pass_costs(backbone, tokens) for backbone, tokens in passes]
+        return found
 
 
 _RECORDER: MutableMapping[str, Recorder] = WeakValueDictionary()
@@ -82,8 +89,8 @@ class TokenMetric(BaseMetric):
     middle of one would: make them inside :func:`~mmseg_msvit.inspection.looking_at`.
 
     Results, for ``tokens`` (cls token included) and ``encoder_gmacs`` (the blocks alone, as the paper counts):
-    ``_mean``, ``_p5``, ``_p50``, ``_p95``, and ``_of_dense``, the sum over the sum of the dense ViT's in percent. And
-    ``backbone_gmacs_of_dense`` with gate and embedding.
+    ``_mean``, ``_p5``, ``_p50``, ``_p95``, and ``_of_dense``, the sum over the sum of the dense ViT's in percent; the
+    same for ``head_gmacs`` of a head on tokens. And ``backbone_gmacs_of_dense`` with gate and embedding.
     """
 
     default_prefix = 'msvit'
@@ -114,7 +121,10 @@ class TokenMetric(BaseMetric):
         """See the class."""
         total = {key: sum(image[key] for image in results) for key in results[0]}
         metrics = {}
-        for name, key, unit in (('tokens', 'tokens', 1), ('encoder_gmacs', 'encoder', 1e9)):
+        counted = [('tokens', 'tokens', 1), ('encoder_gmacs', 'encoder', 1e9)]
+        if 'head' in total:
+            counted.append(('head_gmacs', 'head', 1e9))
+        for name, key, unit in counted:
             statistics = summarize([image[key] / unit for image in results])
             metrics.update({f'{name}_{what}': _short(value) for what, value in statistics.items()})
             metrics[f'{name}_of_dense'] = _short(100 * total[key] / total[f'dense_{key}'])

@@ -26,10 +26,11 @@ from .gates import Gate
 from .positions import table_positions
 from .reading import read_checkpoint, tensors_below
 from .selection import Decision, TokenSelector, raise_not_finite
-from .tokens import Grid, TokenMap, region_grid
+from .tokens import Grid, PackedTokens, TokenMap, region_grid
 
 COARSE_EMBED = ('resize', 'resize+detail')
 OUT_DETAIL = ('none', 'residual')
+OUT_TYPES = ('grid', 'tokens')
 
 
 class MixedScale(GateLossSlot):
@@ -51,6 +52,7 @@ class MixedScale(GateLossSlot):
         coarse_embed: ``'resize'`` embeds the area mean of a region; ``'resize+detail'`` adds a :class:`CoarseDetail`.
         out_detail: ``'residual'`` adds to each output, in the cells of coarse regions, a linear map, at first zero, of
             the cell's own patch embedding: the token that they share says the same of all of them.
+        out_type: ``'grid'``, or ``'tokens'`` for heads that read :class:`PackedTokens`; or one for each output.
         token_budget: at test time, the mean number of tokens that the images of a forward pass may have, in place of
             the gate's threshold; see :class:`TokenSelector`.
         num_register_tokens: learned tokens after cls without a position, as DINOv2 and DINOv3 have.
@@ -82,6 +84,7 @@ class MixedScale(GateLossSlot):
         train_tokens: str = 'trimmed',
         coarse_embed: str = 'resize',
         out_detail: str = 'none',
+        out_type: Union[str, Sequence[str]] = 'grid',
         token_budget: Optional[float] = None,
         num_register_tokens: int = 0,
         **kwargs,
@@ -136,8 +139,13 @@ class MixedScale(GateLossSlot):
             if len(self.sides) > 2:
                 self.coarser_details = nn.ModuleList(CoarseDetail(self.embed_dims, side) for side in self.sides[2:])
         self.out_details = None
+        outputs = len(self.out_indices) + int(self.out_origin)
+        self.out_types = (out_type,) * outputs if isinstance(out_type, str) else tuple(out_type)
+        if len(self.out_types) != outputs or not set(self.out_types) <= set(OUT_TYPES):
+            raise ValueError(f'out_type must be one of {OUT_TYPES}, or {outputs} of them, got {out_type!r}')
+        if 'tokens' in self.out_types and (out_detail != 'none' or self.output_cls_token):
+            raise ValueError("out_type 'tokens' wants out_detail='none' and output_cls_token=False: both are for grids")
         if out_detail == 'residual':
-            outputs = len(self.out_indices) + int(self.out_origin)
             self.out_details = nn.ModuleList(ZeroLinear(self.embed_dims, self.embed_dims) for _ in range(outputs))
         self.layers = nn.ModuleList(self.block(layer) for layer in self.layers)
         self.register_load_state_dict_pre_hook(MixedScale._adapt_loaded)
@@ -207,6 +215,8 @@ class MixedScale(GateLossSlot):
     def forward(self, images: Tensor) -> tuple:
         """Images (B, C, H, W) to a tuple with (B, embed_dims, h, w), or [that, cls (B, embed_dims)], for each output.
 
+        With ``out_type='tokens'`` it is a :class:`PackedTokens` in the grid's place.
+
         Raises:
             ValueError: the images are not (B, in_channels, H, W), or empty.
             FloatingPointError: a pixel or a gate logit is NaN or infinite.
@@ -220,7 +230,9 @@ class MixedScale(GateLossSlot):
             self.keep_for_losses(seen, tokens, decision)
 
         x = self.embed(images, tokens)  # (N, C)
-        outputs = [self.output(x, tokens)] if self.out_origin else []
+        outputs = []
+        if self.out_origin:
+            outputs.append(self._output(len(outputs), x, tokens))
         whole, places = tokens, self.places(tokens)
         for i, layer in enumerate(self.layers):
             if self.with_cp and x.requires_grad:
@@ -230,7 +242,7 @@ class MixedScale(GateLossSlot):
             if i == len(self.layers) - 1 and self.final_norm:
                 x = self.norm1(x)
             if i in self.out_indices:
-                outputs.append(self.output(x, tokens))
+                outputs.append(self._output(len(outputs), x, tokens))
             x, reduced = self.between(i, x, tokens)
             if reduced is not tokens:
                 tokens, places = reduced, self.places(reduced)
@@ -361,6 +373,11 @@ class MixedScale(GateLossSlot):
         """What the backbone returns of the tokens (N, C) after a block."""
         grid = tokens.to_grid(x)
         return [grid, tokens.to_cls(x)] if self.output_cls_token else grid
+
+    def _output(self, number: int, x: Tensor, tokens: TokenMap):
+        if self.out_types[number] == 'tokens':
+            return PackedTokens(x, tokens, () if self.training else self.observers)
+        return self.output(x, tokens)
 
     def _check(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != self.in_channels or 0 in images.shape:

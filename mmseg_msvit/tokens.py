@@ -5,7 +5,7 @@ lie one after the other, image after image, in one pack of N rows without paddin
 """
 
 from dataclasses import dataclass, replace
-from typing import List, Optional, Sequence, Tuple
+from typing import Callable, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +108,38 @@ class TokenMap:
         """Takes the first row of each image, its cls token, (B, C) out of the pack (N, C)."""
         return x[self.cu_seqlens[:-1].long()]
 
+    def split_prefix(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        """Features (N, ...) to those of the prefix, (B, prefix, ...), and of the tokens that cover cells, (M, ...)."""
+        parts = x.split([rows for n in self.lengths for rows in (self.prefix, n - self.prefix)])
+        return torch.stack(parts[::2]), torch.cat(parts[1::2])
+
+    def join_prefix(self, prefix: Tensor, x: Tensor) -> Tensor:
+        """What :meth:`split_prefix` gives, (B, prefix, ...) and (M, ...), to a pack (N, ...)."""
+        parts = x.split([n - self.prefix for n in self.lengths])
+        return torch.cat([part for image in zip(prefix, parts) for part in image])
+
+    def with_prefix(self, count: int) -> 'TokenMap':
+        """The map of the same tokens after another number of leading rows: a decoder's queries, or none."""
+        images, more = len(self.lengths), count - self.prefix
+        shift = more * torch.arange(images + 1, dtype=torch.int32, device=self.cu_seqlens.device)
+        lengths = [n + more for n in self.lengths]
+        cover = self.cover + shift[1:, None, None]  # (K, B, h, w)
+        if self.masked:
+            cover = torch.where(self.cover == len(self.level), sum(lengths), cover)
+        moved = replace(self, lengths=lengths, cu_seqlens=self.cu_seqlens + shift, prefix=count, cover=cover)
+
+        def after(fill: float, values: Tensor) -> Tensor:
+            leading = values.new_full((images, count, *values.shape[1:]), fill)
+            return moved.join_prefix(leading, self.split_prefix(values)[1])
+
+        return replace(
+            moved,
+            level=after(-1, self.level),
+            center=after(0, self.center),
+            size=after(0, self.size),
+            weight=None if self.weight is None else after(1, self.weight),
+        )
+
     def merge(self, into: Tensor, lengths: List[int]) -> 'TokenMap':
         """The map after rows have been joined.
 
@@ -136,6 +168,20 @@ class TokenMap:
         share = self.size.clamp(min=1).to(x.dtype)  # (N,), a prefix row counts as one
         total = share.new_zeros(n).index_add(0, into, share)
         return x.new_zeros(n, x.shape[1]).index_add(0, into, x * share[:, None]) / total[:, None]
+
+
+class PackedTokens(NamedTuple):
+    """What a backbone gives a head that reads tokens, in the place of a dense grid.
+
+    Attributes:
+        x: (N, C) features, prefix rows among them.
+        tokens: where they are.
+        observers: who counts this pass: each is to be called with (head, tokens).
+    """
+
+    x: Tensor
+    tokens: TokenMap
+    observers: Iterable[Callable] = ()
 
 
 def cumulative(lengths: Sequence[int], device=None) -> Tensor:

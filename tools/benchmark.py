@@ -5,7 +5,8 @@
 
 Weights are random, images distinct: those of --images, or drawn street scenes. All variants take turns on the same
 batches (A B C A B C ...), and each ratio is the median of the ratios within a round, with its quartiles: machines are
-noisy, rounds are not. Ratios are to "dense", the same blocks called on the whole grid with fused attention.
+noisy, rounds are not. Ratios are to "dense", the same blocks called on the whole grid with fused attention; those of
+--part segmentor, in test with upsampling and argmax, to --against, or without it to the same model all fine.
 """
 
 import argparse
@@ -84,13 +85,14 @@ def variants(args) -> dict:
 
     def pick(model):
         if args.part == 'encoder':
-            return model.backbone
-        return lambda images: [model(images, mode='tensor')]
+            return lambda images: [getattr(output, 'x', output) for output in model.backbone(images)]
+        return lambda images: [model(images, mode='tensor')] if training else model.predict(images)
 
     def build(path):
         config = load_config(path)
         if args.scales and path == args.config:
             config.model.backbone.scales = tuple(args.scales)
+        config.model.test_cfg = dict(mode='whole')
         model = first_values(config)
         check_backbone(model, MixedScale if path == args.config else PLAIN_VITS, path)
         return model
@@ -141,7 +143,7 @@ def measure(args, batch: int) -> list:
     functions = {name: with_amp(function) for name, (function, _) in compared.items()}
     seconds = in_turns(functions, batches[: args.repeat], warm_up=batches[-1])
 
-    reference = 'dense' if 'dense' in compared else 'against'
+    reference = next((name for name in ('dense', 'against', 'all fine') if name in compared), None)
     rows = []
     for name, (_, model) in compared.items():
         grid = image_grid(model.backbone, args.size, args.size)
@@ -154,8 +156,9 @@ def measure(args, batch: int) -> list:
         if name == 'its gate and tokens':
             parts = [dict(p, encoder=0) for p in parts]
         if args.part == 'segmentor':
-            head = HeadMacs(model)(grid)
-            parts = [{**p, **head} for p in parts]
+            counts = seen[0][0].active_counts().tolist() if seen else [None] * batch
+            heads = HeadMacs(model)
+            parts = [{**p, **heads(grid, count)} for p, count in zip(parts, counts)]
         ratio = low = high = None
         if reference in compared:
             ratio, low, high = paired_ratios(seconds[name], seconds[reference])
