@@ -1,4 +1,4 @@
-"""The README's configs are built as they stand there, and run."""
+"""The configs of README and docs are built as they stand there, and run."""
 
 import re
 
@@ -12,7 +12,8 @@ from mmseg.registry import MODELS
 
 from mmseg_msvit.inspection import find_msvit
 
-BLOCKS = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
+PAGES = ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))
+BLOCKS = [block for page in PAGES for block in re.findall(r'```python\n(.*?)```', page.read_text(), re.DOTALL)]
 SWAPS = [block for block in BLOCKS if '_base_' in block]
 
 
