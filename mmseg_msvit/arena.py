@@ -6,26 +6,20 @@ once. The share that is recovered of the gap between all coarse and dense is wha
 """
 
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable, Dict, Iterator, List, Optional, Sequence
 
 import numpy as np
 import torch
-from mmengine.dataset import pseudo_collate
-from mmseg.evaluation import IoUMetric
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .dense_pass import Example, Window, pixels
 from .doubt import region_doubt
 from .embedding import pad_to_regions, patchify
-from .flops import add_up, dense_macs, image_grid, pass_costs
-from .gate_fitting import answers, threshold_within
-from .gate_losses import IGNORE_INDEX
-from .inspection import record_tokens
-from .tokens import region_grid
+from .flops import add_up
+from .gate_fitting import answers, areas_of, mean_iou, predict, threshold_within
+from .tokens import Grid, region_grid
 
 # Of each window, of each coarse level, the finest first: (1, hc, wc).
 Scores = List[List[Tensor]]
@@ -38,6 +32,7 @@ class Result:
     Attributes:
         chooser: its name.
         scales: pixels along a token's side.
+        size: of the images, as a share of their height and width.
         budget: the share of the dense ViT's tokens that was asked for; None for what has no choice.
         tokens: share of the dense ViT's tokens.
         encoder: MACs of the blocks, as a share of the dense ViT's.
@@ -47,6 +42,7 @@ class Result:
 
     chooser: str
     scales: List[int]
+    size: float
     budget: Optional[float]
     tokens: float
     encoder: float
@@ -58,7 +54,7 @@ def score_random(model: nn.Module, examples: Sequence[Example], windows: Sequenc
     """By chance, the same chance each time."""
     generator = torch.Generator().manual_seed(0)
     return [
-        [torch.rand(1, *region_grid(window.shares.shape[1:], side), generator=generator) for side in _sides(model)]
+        [torch.rand(1, *region_grid(_grid(model, window), side), generator=generator) for side in _sides(model)]
         for window in windows
     ]
 
@@ -67,7 +63,7 @@ def score_variance(model: nn.Module, examples: Sequence[Example], windows: Seque
     """Regions whose pixels vary least are coarse."""
     backbone, scores = model.backbone, []
     for window in windows:
-        image = pixels(model, examples[window.example], window)[None]
+        image = backbone.reduce(pixels(model, examples[window.example], window)[None])
         padded, grid = pad_to_regions(image, backbone.patch_size, backbone.sides[-1])
         levels = []
         for scale, side in zip(backbone.scales[1:], _sides(model)):
@@ -81,10 +77,11 @@ def score_variance(model: nn.Module, examples: Sequence[Example], windows: Seque
 
 def score_doubt(model: nn.Module, examples: Sequence[Example], windows: Sequence[Window]) -> Scores:
     """The oracle: regions of which the dense model has least doubt are coarse. It needs the dense pass."""
-    return [
-        [-region_doubt(window.shares[None], side)[0] * _area(model, side) for side in _sides(model)]
-        for window in windows
-    ]
+    scores = []
+    for window in windows:
+        shares = F.adaptive_avg_pool2d(window.shares[None], _grid(model, window))
+        scores.append([-region_doubt(shares, side)[0] * _area(model, side) for side in _sides(model)])
+    return scores
 
 
 @torch.no_grad()
@@ -98,6 +95,10 @@ CHOOSERS: Dict[str, Callable] = dict(random=score_random, variance=score_varianc
 
 def _sides(model: nn.Module) -> Sequence[int]:
     return model.backbone.sides[1:]
+
+
+def _grid(model: nn.Module, window: Window) -> Grid:
+    return model.backbone.reduced_grid(tuple(window.shares.shape[1:]))
 
 
 def _area(model: nn.Module, side: int) -> float:
@@ -153,64 +154,40 @@ def play(
         threshold, _ = threshold_within(model.backbone, windows, logits, budget)
     model.backbone.select.threshold = threshold
     costs, areas = [], []
-    for number, example in enumerate(track(examples, f'{chooser} {budget or ""}')):
-        mine = [levels for window, levels in zip(windows, logits) if window.example == number]
-        with told(model, mine), record_tokens(model) as seen:
-            (sample,) = model.test_step(pseudo_collate([deepcopy(example.data)]))
-        costs.append(add_up([cost for tokens, _ in seen for cost in pass_costs(model.backbone, tokens)]))
-        areas.append(_areas(sample.pred_sem_seg.data[0].cpu(), example, model.num_classes))
+    with told(model, logits):
+        for example, prediction, cost in predict(model, examples, f'{chooser} {budget or ""}'):
+            costs.append(cost)
+            areas.append(_areas(prediction, example, model.num_classes))
     total = add_up(costs)
     return Result(
         chooser,
         list(model.backbone.scales),
+        model.backbone.input_scale,
         budget,
         *(total[key] / total[f'dense_{key}'] for key in ('tokens', 'encoder', 'total')),
-        _miou(areas),
+        mean_iou(areas),
     )
 
 
 def dense(model: nn.Module, examples: Sequence[Example]) -> Result:
     """What the dense model has predicted already."""
     areas = [_areas(example.prediction, example, model.num_classes) for example in examples]
-    return Result('dense', [model.backbone.patch_size], None, 1.0, 1.0, 1.0, _miou(areas))
+    return Result('dense', [model.backbone.patch_size], 1.0, None, 1.0, 1.0, 1.0, mean_iou(areas))
 
 
-@torch.no_grad()
-def smaller(model: nn.Module, examples: Sequence[Example], encoder: float) -> Result:
-    """The dense model on smaller images, of as many cells as keep the encoder within this share of its MACs.
+def smaller(model: nn.Module, examples: Sequence[Example], windows: Sequence[Window], budget: float) -> Result:
+    """The dense model on smaller images, of about so many cells as the budget allows.
 
     Args:
-        model: the dense segmentor, in whole inference.
+        model: by :func:`.gate_fitting.convert`.
         examples: by :func:`.dense_pass.gather`, with labels.
-        encoder: the share.
+        windows: likewise.
+        budget: the share of the dense tokens.
     """
-    backbone = model.backbone
-    macs, full, tokens, areas = 0, 0, 0, []
-    for example in track(examples, f'smaller {encoder:g}'):
-        size = example.data['inputs'].shape[1:]
-        grid = image_grid(backbone, *size)
-        whole = dense_macs(backbone, grid)['encoder']
-        for cells in range(grid[0], 0, -1):
-            less = cells, round(cells * grid[1] / grid[0])
-            if dense_macs(backbone, less)['encoder'] <= encoder * whole:
-                break
-        data = deepcopy(example.data)
-        shape = [n * backbone.patch_size for n in less]
-        resized = F.interpolate(data['inputs'][None].float(), shape, mode='bilinear', antialias=True)[0]
-        data['inputs'] = resized.round().clamp(0, 255).to(torch.uint8)
-        data['data_samples'].set_metainfo(dict(img_shape=tuple(shape)))
-        (sample,) = model.test_step(pseudo_collate([data]))
-        areas.append(_areas(sample.pred_sem_seg.data[0].cpu(), example, model.num_classes))
-        macs, full = macs + dense_macs(backbone, less)['encoder'], full + whole
-        tokens += (less[0] * less[1]) / (grid[0] * grid[1]) / len(examples)
-    return Result('smaller', [backbone.patch_size], None, tokens, macs / full, macs / full, _miou(areas))
+    model.backbone.input_scale = budget**0.5
+    result = play(model, examples, windows, 'smaller', score_random(model, examples, windows), 1.0)
+    return replace(result, budget=budget)
 
 
 def _areas(prediction: Tensor, example: Example, classes: int) -> tuple:
-    labels = torch.from_numpy(example.labels.astype(np.int64))
-    return IoUMetric.intersect_and_union(prediction.long(), labels, classes, IGNORE_INDEX)[:2]
-
-
-def _miou(areas: Sequence[tuple]) -> float:
-    intersect, union = (torch.stack(area).sum(0) for area in zip(*areas))
-    return 100 * (intersect / union)[union > 0].mean().item()
+    return areas_of(prediction, torch.from_numpy(example.labels.astype(np.int64)), classes)

@@ -121,6 +121,7 @@ def cost(
     tokens: int,
     macs: Dict[str, int],
     heads: Optional[HeadMacs] = None,
+    dense_grid: Optional[Grid] = None,
 ) -> Dict[str, int]:
     """What one pass over one image costs, and what it would cost the dense ViT.
 
@@ -130,16 +131,17 @@ def cost(
         tokens: its tokens, cls included.
         macs: those of the backbone, by part.
         heads: counts neck and head; without it they are left out.
+        dense_grid: the cells of the image for the dense ViT, where they are others.
 
     Returns:
         ``tokens``, MACs of each part and in ``total``; and the dense ViT's, each name with ``dense_`` before it.
     """
-    found = {}
-    for kind, count, parts in (
-        ('', tokens, macs),
-        ('dense_', grid[0] * grid[1] + prefix_tokens(backbone), dense_macs(backbone, grid)),
+    whole, found = dense_grid or grid, {}
+    for kind, cells, count, parts in (
+        ('', grid, tokens, macs),
+        ('dense_', whole, whole[0] * whole[1] + prefix_tokens(backbone), dense_macs(backbone, whole)),
     ):
-        parts = {**parts, **(heads(grid, count) if heads else {})}
+        parts = {**parts, **(heads(cells, count) if heads else {})}
         found.update({f'{kind}{key}': value for key, value in parts.items()})
         found.update({f'{kind}tokens': count, f'{kind}total': sum(parts.values())})
     return found
@@ -149,7 +151,7 @@ def pass_costs(backbone: MixedScale, tokens: TokenMap, heads: Optional[HeadMacs]
     """:func:`cost` of each image of a batch, as its tokens are at test time."""
     counts = tokens.active_counts().tolist()
     macs = backbone.macs(tokens)
-    return [cost(backbone, tokens.grid, count, parts, heads) for count, parts in zip(counts, macs)]
+    return [cost(backbone, tokens.grid, count, parts, heads, tokens.dense_grid) for count, parts in zip(counts, macs)]
 
 
 def head_costs(head: nn.Module, tokens: TokenMap) -> List[Dict[str, int]]:

@@ -1,16 +1,16 @@
 """A gate for a trained dense segmentor: the weights of ViT and head stay, and no label is needed.
 
 The dense model runs over images once (:func:`.dense_pass.gather`), which says how mixed every region is in its eyes. A
-gate learns to foresee that from the pixels (:func:`fit`), one threshold is set for a budget of tokens
-(:func:`find_threshold`), and :func:`write` leaves a config and a whole checkpoint, which everything takes that takes a
-segmentor's.
+gate learns to foresee that from the pixels (:func:`fit`), the size of the images and one threshold are set for a budget
+of tokens (:func:`settle`), and :func:`write` leaves a config and a whole checkpoint, which everything takes that takes
+a segmentor's.
 """
 
 import os
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, Iterator, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -40,6 +40,9 @@ STANDS_IN.update({kind: kind for kind in STANDS_IN.values()})
 GATES = dict(context='ContextGate', mlp='MLPGate')
 # Images through the fitted model, evenly spread over all, for the table.
 CHECKED = 100
+# Sizes of the images that are tried for a budget, and images by which they are judged.
+SIZES = 5
+JUDGED = 50
 BATCH = 8
 LEARNING_RATE = 1e-3
 
@@ -66,7 +69,7 @@ def dense_backbone(model: nn.Module, path: str) -> nn.Module:
 
 def answers(backbone: MixedScale, images: Tensor) -> List[Tensor]:
     """The logits (B, hc, wc) of every level's gate, the finest first, of images of any size."""
-    padded, cells = pad_to_regions(images, backbone.patch_size, backbone.sides[-1])
+    padded, cells = pad_to_regions(backbone.reduce(images), backbone.patch_size, backbone.sides[-1])
     grids = [(-(-cells[0] // side), -(-cells[1] // side)) for side in backbone.sides[1:]]
     return [ask(gate, padded, grid) for gate, grid in zip(backbone.gates, grids)]
 
@@ -163,6 +166,49 @@ def find_threshold(
     return threshold_within(model.backbone, windows, logits, budget)
 
 
+@torch.no_grad()
+def settle(
+    model: nn.Module, examples: List[Example], windows: List[Window], budget: float, full_size: bool = False
+) -> float:
+    """Sets the backbone's ``input_scale`` and its threshold, within a budget, to what is truest to the dense model.
+
+    Tokens are saved by coarse regions, where the gate sees no need for fine ones, and by a smaller image, everywhere.
+    The first few cost least in both ways, so a little of both is better than much of one. ``SIZES`` sizes, from the
+    whole image to the one that has as many cells as the budget allows, are judged by the mean IoU with what the dense
+    model predicts, each with the threshold that it needs.
+
+    Args:
+        model: with fitted gates.
+        examples: by :func:`.dense_pass.gather`; ``JUDGED`` of them judge.
+        windows: likewise.
+        budget: the share of the dense tokens, cls and registers among both, over all windows.
+        full_size: whether images keep their size.
+
+    Returns:
+        The share that is spent.
+
+    Raises:
+        InputError: even all coarse is not within the budget.
+    """
+    backbone, tried = model.backbone, []
+    sizes = [1.0] if full_size else [budget ** (i / (2 * SIZES - 2)) for i in range(SIZES)]
+    for size in sizes:
+        backbone.input_scale = size
+        try:
+            backbone.select.threshold, share = find_threshold(model, examples, windows, budget)
+        except InputError:
+            if size == sizes[-1]:
+                raise
+            continue
+        truth = 0.0
+        if len(sizes) > 1:
+            judges = predict(model, _spread(examples, JUDGED), f'images at {size:.0%}')
+            truth = mean_iou([areas_of(found, judge.prediction, model.num_classes) for judge, found, _ in judges])
+        tried.append((truth, size, backbone.select.threshold, share))
+    _, backbone.input_scale, backbone.select.threshold, share = max(tried)
+    return share
+
+
 def threshold_within(
     backbone: MixedScale, windows: Sequence[Window], logits: Sequence[List[Tensor]], budget: float
 ) -> Tuple[float, float]:
@@ -175,17 +221,18 @@ def threshold_within(
         budget: the share of the dense tokens, cls and registers among both, over all windows.
 
     Returns:
-        The largest threshold that is within the budget, and its share.
+        The largest threshold that is within the budget, at most 1, which is all fine, and its share.
 
     Raises:
         InputError: even all coarse is not within the budget.
     """
+    prefix, dense = backbone.select.prefix, 0
     found: Dict[Grid, List[List[Tensor]]] = {}  # logits of each level, by the grid of cells
     for window, levels in zip(windows, logits):
-        found.setdefault(tuple(window.shares.shape[1:]), []).append(levels)
+        h, w = window.shares.shape[1:]
+        dense += h * w + prefix
+        found.setdefault(backbone.reduced_grid((h, w)), []).append(levels)
     groups = {grid: [torch.cat(level) for level in zip(*group)] for grid, group in found.items()}
-    prefix = backbone.select.prefix
-    dense = sum(len(levels[0]) * (grid[0] * grid[1] + prefix) for grid, levels in groups.items())
 
     def share(threshold: float) -> float:
         select, tokens = TokenSelector(backbone.sides, 'active', 1.0, threshold, prefix).eval(), 0
@@ -196,7 +243,7 @@ def threshold_within(
 
     # A threshold between two values is the lower of them: a region has to be above it.
     values = torch.cat([a.flatten() for levels in groups.values() for a in levels]).sigmoid().unique().tolist()
-    values = [0.0, *values]
+    values = [0.0, *values, 1.0]
     if share(0.0) > budget:
         raise InputError(
             f'--budget: wanted at least {share(0.0):.2f}, which is all coarse, got {budget:g}; more --scales allow less'
@@ -239,19 +286,20 @@ def convert(config: Config, dense: nn.Module, gate: str, scales: Sequence[int]) 
     return model.to(next(dense.parameters()).device).eval(), changes
 
 
-def write(config: Config, model: nn.Module, changes: dict, threshold: float, metainfo: dict, out: Path) -> None:
+def write(config: Config, model: nn.Module, changes: dict, metainfo: dict, out: Path) -> None:
     """Writes ``checkpoint.pth`` and, last, ``config.py``; each is there as a whole or not at all.
 
     Args:
         config: of the dense segmentor, which the new one inherits from.
-        model: the converted one.
+        model: the converted one, settled.
         changes: by :func:`convert`.
-        threshold: of the gates.
         metainfo: of the data set, its classes and palette.
         out: folder.
     """
     out.mkdir(parents=True, exist_ok=True)
-    backbone = dict(changes, gate=dict(changes['gate'], threshold=threshold))
+    backbone = dict(changes, gate=dict(changes['gate'], threshold=model.backbone.select.threshold))
+    if model.backbone.input_scale != 1:
+        backbone['input_scale'] = model.backbone.input_scale
     if 'gate' in config.model.backbone:
         backbone['gate']['_delete_'] = True
     base = config.filename
@@ -275,36 +323,55 @@ def write(config: Config, model: nn.Module, changes: dict, threshold: float, met
         os.replace(unfinished, out / name)
 
 
-@torch.no_grad()
+def predict(model: nn.Module, examples: Sequence[Example], title: str) -> Iterator[Tuple[Example, Tensor, dict]]:
+    """What the converted model makes of images, in the segmentor's own inference: example, (H, W) class ids, costs."""
+    for example in track(examples, title):
+        with torch.no_grad(), record_tokens(model) as seen:
+            (sample,) = model.test_step(pseudo_collate([deepcopy(example.data)]))
+        costs = add_up([image for tokens, _ in seen for image in pass_costs(model.backbone, tokens)])
+        yield example, sample.pred_sem_seg.data[0].cpu(), costs
+
+
+def _spread(examples: Sequence[Example], limit: int) -> List[Example]:
+    """At most so many, evenly spread over all."""
+    chosen = np.linspace(0, len(examples) - 1, min(limit, len(examples))).round().astype(int)
+    return [examples[i] for i in chosen]
+
+
+def areas_of(prediction: Tensor, truth: Tensor, classes: int) -> tuple:
+    """Pixels of each class in the intersection and in the union, (K,) each."""
+    return IoUMetric.intersect_and_union(prediction.long(), truth.long(), classes, IGNORE_INDEX)[:2]
+
+
+def mean_iou(areas: Sequence[tuple]) -> float:
+    """In percent, over the classes that are there, of the areas of all images together."""
+    intersect, union = (torch.stack(area).sum(0) for area in zip(*areas))
+    return 100 * (intersect / union)[union > 0].mean().item()
+
+
 def compare(model: nn.Module, examples: List[Example]) -> List[dict]:
-    """What the dense and the converted model make of images, in the segmentor's own inference.
+    """What the dense and the converted model make of images.
 
     Args:
-        model: the converted one, with its threshold.
+        model: the converted one, settled.
         examples: by :func:`.dense_pass.gather`; ``CHECKED`` of them are looked at.
 
     Returns:
         A row for each: ``name``, and means of an image: ``tokens``, ``gmacs`` of the backbone, ``agreement`` with the
         dense model in percent of the pixels, and ``miou`` where each image has labels, else None.
     """
-    chosen = [examples[i] for i in np.linspace(0, len(examples) - 1, min(CHECKED, len(examples))).round().astype(int)]
+    chosen = _spread(examples, CHECKED)
     classes, right, costs, areas = model.num_classes, [], [], {'dense': [], 'converted': []}
-    for example in track(chosen, 'converted'):
-        with record_tokens(model) as seen:
-            (sample,) = model.test_step(pseudo_collate([deepcopy(example.data)]))
-        costs.append(add_up([image for tokens, _ in seen for image in pass_costs(model.backbone, tokens)]))
-        prediction = sample.pred_sem_seg.data[0].cpu()
+    for example, prediction, cost in predict(model, chosen, 'converted'):
+        costs.append(cost)
         right.append((prediction == example.prediction).float().mean().item())
         if example.labels is not None:
             labels = torch.from_numpy(example.labels.astype(np.int64))
             for name, found in (('dense', example.prediction), ('converted', prediction)):
-                areas[name].append(IoUMetric.intersect_and_union(found.long(), labels, classes, IGNORE_INDEX)[:2])
+                areas[name].append(areas_of(found, labels, classes))
 
     def row(name: str, prefix: str, agreement: float) -> dict:
-        miou = None
-        if len(areas[name]) == len(chosen):
-            intersect, union = (torch.stack(area).sum(0) for area in zip(*areas[name]))
-            miou = 100 * (intersect / union)[union > 0].mean().item()
+        miou = mean_iou(areas[name]) if len(areas[name]) == len(chosen) else None
         tokens, macs = (np.mean([cost[f'{prefix}{key}'] for cost in costs]) for key in ('tokens', 'total'))
         return dict(name=name, tokens=float(tokens), gmacs=float(macs) / 1e9, agreement=100 * agreement, miou=miou)
 

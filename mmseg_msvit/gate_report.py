@@ -15,7 +15,7 @@ from torch import nn
 
 from .command_line import InputError
 from .gate_losses import IGNORE_INDEX, region_purity
-from .inspection import coarse_by_purity, coarse_regions, find_msvit, look
+from .inspection import coarse_by_purity, coarse_regions, find_msvit, look, seen_size
 from .metrics import summarize
 from .testset import walk
 from .visualization import sample_figure, to_rgb
@@ -58,7 +58,7 @@ class Analysis:
         if 'gt_sem_seg' not in sample:
             raise InputError('test set: wanted truth for each image, got a pipeline that loads none')
         patch, region = self.backbone.patch_size, self.backbone.scales[1]
-        height, width = sample.img_shape[:2]  # what the pipeline made of the image; the truth keeps its own size
+        height, width = seen_size(self.backbone, tokens, sample)  # the truth keeps its own size
 
         def fit(labels):
             labels = labels[0].cpu().numpy().astype(np.uint8)
@@ -81,7 +81,7 @@ class Analysis:
         np.add.at(self.pixels, index, 1)
 
         self.tokens.append(tokens.lengths[0] - tokens.prefix)
-        self.dense.append(tokens.grid[0] * tokens.grid[1])
+        self.dense.append(tokens.dense_length - tokens.prefix)
         self.maps.append(coarse[0].astype(float))
         sample.pop('seg_logits', None)  # large, and not drawn
         self.extremes.append(

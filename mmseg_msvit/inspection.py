@@ -78,6 +78,15 @@ def look(model: nn.Module, data: dict) -> Tuple[SegDataSample, TokenMap, Decisio
     return sample, tokens, decision
 
 
+def seen_size(backbone: MixedScale, tokens: TokenMap, sample: SegDataSample) -> Tuple[int, int]:
+    """(height, width) in pixels of an image as the backbone has embedded it, without what pads it."""
+    height, width = (
+        min(round(size * backbone.input_scale), cells * backbone.patch_size)
+        for size, cells in zip(sample.img_shape, tokens.grid)
+    )
+    return height, width
+
+
 def coarse_regions(backbone: MixedScale, tokens: TokenMap) -> Tensor:
     """(B, hc, wc) bool, which regions of the finest coarse level have no fine tokens."""
     side = backbone.sides[1]

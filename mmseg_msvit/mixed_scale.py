@@ -53,6 +53,8 @@ class MixedScale(GateLossSlot):
         out_detail: ``'residual'`` adds to each output, in the cells of coarse regions, a linear map, at first zero, of
             the cell's own patch embedding: the token that they share says the same of all of them.
         out_type: ``'grid'``, or ``'tokens'`` for heads that read :class:`PackedTokens`; or one for each output.
+        input_scale: at test time images are first reduced by this, to whole cells: a little less of everything, where
+            coarse tokens are less of some places. Tokens are still counted against those of the whole image.
         token_budget: at test time, the mean number of tokens that the images of a forward pass may have, in place of
             the gate's threshold; see :class:`TokenSelector`.
         num_register_tokens: learned tokens after cls without a position, as DINOv2 and DINOv3 have.
@@ -85,6 +87,7 @@ class MixedScale(GateLossSlot):
         coarse_embed: str = 'resize',
         out_detail: str = 'none',
         out_type: Union[str, Sequence[str]] = 'grid',
+        input_scale: float = 1.0,
         token_budget: Optional[float] = None,
         num_register_tokens: int = 0,
         **kwargs,
@@ -98,6 +101,9 @@ class MixedScale(GateLossSlot):
             raise ValueError(f'coarse_embed must be one of {COARSE_EMBED}, got {coarse_embed!r}')
         if out_detail not in OUT_DETAIL:
             raise ValueError(f'out_detail must be one of {OUT_DETAIL}, got {out_detail!r}')
+        if not 0 < input_scale <= 1:
+            raise ValueError(f'input_scale must be in (0, 1], got {input_scale}')
+        self.input_scale = input_scale
         self.in_channels = self.patch_embed.projection.in_channels
         self.embed_dims = self.patch_embed.embed_dims
         self.patch_embed = PatchRows(self.patch_embed)
@@ -255,9 +261,23 @@ class MixedScale(GateLossSlot):
             ValueError, FloatingPointError: as :meth:`forward`.
         """
         self._check(images)
-        images, grid = pad_to_regions(images, self.patch_size, self.sides[-1])
-        tokens, decision = self.select([partial(ask, gate, images) for gate in self.gates], grid)
+        dense_grid = region_grid(images.shape[2:], self.patch_size)
+        images, grid = pad_to_regions(self.reduce(images), self.patch_size, self.sides[-1])
+        gates = [partial(ask, gate, images) for gate in self.gates]
+        tokens, decision = self.select(gates, grid, None if grid == dense_grid else dense_grid)
         return images, tokens, decision
+
+    def reduced_grid(self, grid: Grid) -> Grid:
+        """The cells at test time of an image of (h, w) cells."""
+        return tuple(max(1, round(cells * self.input_scale)) for cells in grid)
+
+    def reduce(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) as they are embedded: at test time smaller, where ``input_scale`` says so."""
+        grid = region_grid(images.shape[2:], self.patch_size)
+        reduced = grid if self.training else self.reduced_grid(grid)
+        if reduced == grid:
+            return images
+        return F.interpolate(images, [cells * self.patch_size for cells in reduced], mode='bilinear')
 
     def embed(self, images: Tensor, tokens: TokenMap) -> Tensor:
         """Makes the tokens that are kept, and no others, with their positions: (N, C).

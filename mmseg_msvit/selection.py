@@ -114,13 +114,16 @@ class TokenSelector(nn.Module):
         decides = f'threshold={self.threshold}' if self.token_budget is None else f'token_budget={self.token_budget}'
         return f'train_tokens={self.train_tokens!r}, temperature={self.temperature}, {decides}'
 
-    def forward(self, gates: Sequence[Callable], grid: Grid) -> Tuple[TokenMap, Decision]:
+    def forward(
+        self, gates: Sequence[Callable], grid: Grid, dense_grid: Optional[Grid] = None
+    ) -> Tuple[TokenMap, Decision]:
         """Decides level by level, coarsest first, and indexes what is kept.
 
         Args:
             gates: of each coarse level, the finest first: takes its region grid (hc, wc) and where no coarser token
                 is active, (B, hc, wc) bool or None for everywhere, to float32 logits (B, hc, wc) of "coarse".
             grid: (h, w), the fine cells of each image.
+            dense_grid: those of the image before it was reduced, for the record; None where it was not.
 
         Raises:
             FloatingPointError: a logit is NaN or infinite. Names the training iteration, where there is one.
@@ -182,6 +185,7 @@ class TokenSelector(nn.Module):
             size=size[candidate],
             cover=cover.unflatten(2, grid),
             weight=None if weight is None else weight.flatten()[index],
+            dense_grid=dense_grid,
         )
         return tokens, Decision(logits[::-1], coarse[::-1])
 

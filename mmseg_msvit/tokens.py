@@ -30,6 +30,7 @@ class TokenMap:
             tokens are kept too, each cell has K candidates, and one that is not kept is row N, which stands for zeros.
         weight: (N,) float32 or None. Value 1 for an active token, 0 for an inactive one, with the gradient of the
             token's soft value (straight-through). None where no gate gets a gradient.
+        dense_grid: the fine cells of each image before the backbone reduced it; None where it did not.
     """
 
     grid: Grid
@@ -41,6 +42,7 @@ class TokenMap:
     size: Tensor
     cover: Tensor
     weight: Optional[Tensor] = None
+    dense_grid: Optional[Grid] = None
 
     @property
     def masked(self) -> bool:
@@ -54,8 +56,9 @@ class TokenMap:
 
     @property
     def dense_length(self) -> int:
-        """Rows of an image whose tokens are all fine."""
-        return self.grid[0] * self.grid[1] + self.prefix
+        """Rows that an image has in the dense ViT, which does not reduce it."""
+        h, w = self.dense_grid or self.grid
+        return h * w + self.prefix
 
     def active_counts(self, level: Optional[int] = None) -> Tensor:
         """(B,) int64, the active rows of each image, prefix included: what the image costs at test time.

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from .inspection import find_msvit, look
+from .inspection import find_msvit, look, seen_size
 from .mixed_scale import MixedScale
 from .selection import Decision
 from .tokens import TokenMap
@@ -142,7 +142,7 @@ def sample_figure(
     Returns:
         (height, width, 3) uint8 RGB; all panels show the size that the backbone saw.
     """
-    height, width = sample.img_shape[:2]
+    height, width = seen_size(backbone, tokens, sample)
 
     def labels(values):
         return cv2.resize(values.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)

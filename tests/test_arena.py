@@ -67,17 +67,17 @@ def test_told_gates_decide_as_told(dense):
 
 @pytest.mark.slow
 def test_the_tool_goes_on_where_it_stopped(dense, tool, tmp_path, capsys):
-    line = ['arena.py', *dense, '--out', tmp_path, '--scales', '16,32', '--budgets', 0.6, '--smaller', 0.5]
+    line = ['arena.py', *dense, '--out', tmp_path, '--scales', '16,32', '--budgets', 0.6, '--sizes', 1, 0.9]
     line += ['--steps', 2, '--fit-images', 3]
     assert tool(*line) is None
     rows = json.loads((tmp_path / 'arena.json').read_text())
-    names = [row['chooser'] for row in rows]
-    assert sorted(names) == sorted(
-        ['dense', 'coarse', 'smaller', 'random', 'variance', 'doubt', 'context', 'mlp', 'context, labels']
-    )
+    choosers = ['random', 'variance', 'doubt', 'context', 'mlp', 'context, labels']
+    names = sorted((row['chooser'], round(row['size'], 2)) for row in rows)
+    wanted = [('dense', 1), ('coarse', 1), ('smaller', 0.77), *((name, size) for name in choosers for size in (1, 0.9))]
+    assert names == sorted(wanted)
     chosen = {row['chooser']: row for row in rows}
-    assert chosen['dense']['lost'] == 0 and chosen['smaller']['encoder'] <= 0.5
-    assert all(chosen[name]['tokens'] <= 0.6 for name in names if name != 'dense')
+    assert chosen['dense']['lost'] == 0 and chosen['smaller']['encoder'] <= 0.6
+    assert all(0.5 < row['tokens'] <= 0.6 for row in rows if row['chooser'] not in ('dense', 'coarse', 'smaller'))
     assert '| dense |' in (tmp_path / 'arena.md').read_text() and (tmp_path / 'arena.png').stat().st_size > 1000
     results = tmp_path / 'run_0/results.json'
     known = json.loads(results.read_text())

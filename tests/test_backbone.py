@@ -8,6 +8,8 @@ from mmseg.registry import MODELS
 
 from mmseg_msvit.blocks import Places
 from mmseg_msvit.embedding import pad_to_regions
+from mmseg_msvit.flops import pass_costs
+from mmseg_msvit.inspection import record_tokens
 
 SIZES = [(512, 512), (234, 345), (32, 128), (32, 32), (16, 16), (96, 80), (7, 50), (1, 1)]
 RANDOM_GATE = dict(type='MLPGate', init_coarse=0.5)
@@ -400,3 +402,24 @@ def test_torch_compile_gives_the_same():
     for size in ((64, 64), (64, 96)):
         images = torch.randn(2, 3, *size)
         torch.testing.assert_close(compiled(images)[0], model(images)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_smaller_image_at_test_time_alone():
+    """It is what the backbone makes of a smaller image; costs are counted against the whole one's."""
+    model = build_msvit(input_scale=0.7, gate=dict(type='VarianceGate'), with_cls_token=True).eval()
+    images = torch.randn(2, 3, 90, 130)
+    with record_tokens(model) as seen, torch.no_grad():
+        out = model(images)[-1]
+    ((tokens, _),) = seen
+    assert out.shape[2:] == tokens.grid == (4, 6) and tokens.dense_grid == (6, 9) and tokens.dense_length == 55
+    cost = pass_costs(model, tokens)[0]
+    assert cost['dense_tokens'] == 55 and cost['dense_encoder'] == sum(layer.macs(55) for layer in model.layers)
+    small = torch.nn.functional.interpolate(images, (64, 96), mode='bilinear')
+    model.input_scale = 1.0
+    with record_tokens(model) as seen:
+        torch.testing.assert_close(model(small)[-1], out)
+    assert seen[0][0].dense_grid is None
+    model.input_scale = 0.7
+    assert model.train()(images)[-1].shape[2:] == (6, 9)
+    with pytest.raises(ValueError, match=r'input_scale must be in \(0, 1\], got 1.5'):
+        build_msvit(input_scale=1.5)

@@ -1,5 +1,6 @@
 """A dense segmentor, trained for seconds on toy scenes, gets a gate."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -16,10 +17,11 @@ from mmengine.registry import init_default_scope
 from mmseg.apis import inference_model, init_model
 from mmseg.registry import MODELS
 
+from mmseg_msvit.dense_pass import gather
 from mmseg_msvit.doubt import class_shares, region_doubt
-from mmseg_msvit.gate_fitting import convert
+from mmseg_msvit.gate_fitting import compare, convert, find_threshold
 from mmseg_msvit.inspection import record_tokens
-from mmseg_msvit.testset import FileReader, load_config
+from mmseg_msvit.testset import FileReader, load_config, load_model
 from mmseg_msvit.toy_scenes import scene
 
 DENSE = 'configs/toy/segmenter_vit-mini_mask_1xb8-400_toy-scenes-256x256.py'
@@ -108,7 +110,8 @@ def dense_looks(folder):
 @pytest.mark.parametrize('scales, budget', [((16, 32), 0.6), ((16, 32, 64), 0.35)])
 def test_a_dense_model_is_converted(scales, budget, folder, fit, tmp_path, capsys):
     out = tmp_path / 'a/b'
-    assert fit('--out', out, '--budget', budget, '--scales', *scales, '--steps', 150) is None
+    options = ('--budget', budget, '--scales', *scales, '--steps', 150, '--full-size')
+    assert fit('--out', out, *options) is None
     printed = capsys.readouterr().out
     assert '24 images' in printed and 'converted' in printed and 'mIoU' in printed
     assert sorted(path.name for path in out.iterdir()) == ['checkpoint.pth', 'config.py', 'picture.png']
@@ -143,6 +146,28 @@ def test_a_dense_model_is_converted(scales, budget, folder, fit, tmp_path, capsy
         gate.register_forward_hook(elsewhere)
     random = [agreement(look(model, folder, out / 'config.py', 'val')) for _ in range(3)]
     assert agreement(found) > max(random)
+
+
+def test_a_little_of_the_size_and_a_little_of_the_tokens(folder, fit, tmp_path, capsys):
+    """The size at which the prediction is most like the dense model's is taken, and the budget is that of all."""
+    assert fit('--out', tmp_path, '--budget', 0.5, '--steps', 1) is None  # of a gate that knows nothing
+    tried = re.findall(r'images at (\d+)%', capsys.readouterr().out)
+    assert list(dict.fromkeys(tried)) == ['100', '92', '84', '77', '71']
+    model = init_model(str(tmp_path / 'config.py'), str(tmp_path / 'checkpoint.pth'), device='cpu')
+    assert 0.7 < model.backbone.input_scale < 1
+    found = look(model, folder, tmp_path / 'config.py', 'train')
+    assert 0.45 < np.mean([tokens for tokens, *_ in found]) <= 0.5 + 1e-6
+
+    reader = FileReader(load_config(str(tmp_path / 'config.py')))
+    images = sorted((folder / 'images/train').iterdir())
+    dense = load_model(load_config(str(folder / 'dense.py')), str(folder / 'work/iter_100.pth'), 'cpu', object)
+    examples, windows = gather(dense, reader, images, [None] * len(images), 'mixed')
+    truth = {}
+    for scale in (1.0, model.backbone.input_scale):
+        model.backbone.input_scale = scale
+        model.backbone.select.threshold, _ = find_threshold(model, examples, windows, 0.5)
+        truth[scale] = compare(model, examples)[1]['agreement']
+    assert truth[model.backbone.input_scale] > truth[1.0]
 
 
 @torch.no_grad()
@@ -203,7 +228,7 @@ def test_what_cannot_be_fitted_is_said_in_one_line_and_leaves_nothing(folder, fi
     assert fit('--out', out, '--budget', 1.5) == '--budget: wanted a share of the tokens, in (0, 1), got 1.5'
     end = fit('--out', out, '--scales', 16, 40)
     assert end.startswith('--scales: scales must be (patch_size, a larger multiple')
-    end = fit('--out', out, '--budget', 0.1, '--steps', 2, '--limit', 2)
+    end = fit('--out', out, '--budget', 0.1, '--steps', 2, '--limit', 2, '--full-size')
     assert end.startswith('--budget: wanted at least 0.30') and end.endswith('more --scales allow less')
     end = fit('--out', out, '--target', 'labels', '--images', folder / 'images/val')
     assert end.startswith('--target labels: wanted labels of each image, got none of')

@@ -75,23 +75,28 @@ class Contest:
         """Measures what has not been measured yet."""
         if not self._known('dense', None):
             self._add(dense(self.model, self.gathered('test')[0]))
-        for share in self.args.smaller:
-            if not self._known('smaller', None, share):
-                self._add(smaller(self.model, self.gathered('test')[0], share), share)
         for scales in self.args.scales:
-            for chooser, budget in [('coarse', None), *((c, b) for b in self.args.budgets for c in self.args.choosers)]:
-                if not self._known(chooser, scales, budget):
+            for budget in self.args.budgets:
+                if scales == self.args.scales[0] and not self._known('smaller', scales, budget):
+                    self._add(smaller(self._model('smaller', scales)[0], *self.gathered('test'), budget))
+            runs = [(1.0, 'coarse', None)]
+            runs += [
+                (s, c, b) for b in self.args.budgets for s in self.args.sizes for c in self.args.choosers if b < s * s
+            ]
+            for size, chooser, budget in runs:
+                if not self._known(chooser, scales, budget, size):
                     model, score = self._model(chooser, scales)
+                    model.backbone.input_scale = size
                     examples, windows = self.gathered('test')
-                    result = play(model, examples, windows, chooser, score(model, examples, windows), budget)
-                    self._add(result, budget)
+                    self._add(play(model, examples, windows, chooser, score(model, examples, windows), budget))
 
-    def _known(self, chooser, scales, budget=None) -> bool:
-        wanted = dict(chooser=chooser, asked=budget, **({} if scales is None else {'scales': list(scales)}))
+    def _known(self, chooser, scales, budget, size=None) -> bool:
+        wanted = dict(chooser=chooser, budget=budget)
+        wanted.update({} if scales is None else {'scales': list(scales)}, **({} if size is None else {'size': size}))
         return any(all(result[key] == value for key, value in wanted.items()) for result in self.results)
 
-    def _add(self, result, asked=None) -> None:
-        self.results.append(dict(asdict(result), asked=asked))
+    def _add(self, result) -> None:
+        self.results.append(asdict(result))
         save(self.file, self.results)
         print(f'{self.folder.name}: {result}', flush=True)
 
@@ -119,11 +124,12 @@ def table(contests: dict) -> list:
         for r in results:
             bottom = [b['miou'] for b in results if b['chooser'] == 'coarse' and b['scales'] == r['scales']]
             gap = (r['miou'] - bottom[0]) / (top - bottom[0]) if bottom and top > bottom[0] else None
-            key = (tuple(r['scales']), r['asked'], r['chooser'])
+            size = None if r['chooser'] == 'smaller' else r['size']
+            key = (tuple(r['scales']), r['budget'], r['chooser'], size)
             rows.setdefault(key, []).append(dict(r, lost=top - r['miou'], gap=gap))
     found = []
-    for (scales, asked, chooser), group in rows.items():
-        row = dict(scales=scales, asked=asked, chooser=chooser, runs=len(group))
+    for (scales, budget, chooser, _), group in rows.items():
+        row = dict(scales=scales, size=group[0]['size'], budget=budget, chooser=chooser, runs=len(group))
         for key in ('tokens', 'encoder', 'backbone', 'miou', 'lost', 'gap'):
             values = [r[key] for r in group if r[key] is not None]
             row[key] = statistics.fmean(values) if values else None
@@ -134,11 +140,13 @@ def table(contests: dict) -> list:
 
 def markdown(rows: list) -> str:
     """The table for people."""
-    lines = ['| scales | tokens | encoder MACs | chosen by | mIoU | below dense | of the gap |', '| --- ' * 7 + '|']
+    head = '| scales | tokens | encoder MACs | images at | chosen by | mIoU | below dense | of the gap |'
+    lines = [head, '| --- ' * 8 + '|']
     for row in rows:
         gap = '' if row['gap'] is None or row['chooser'] in ('dense', 'coarse') else f'{row["gap"]:.0%}'
         lines.append(
-            f'| {", ".join(map(str, row["scales"]))} | {row["tokens"]:.0%} | {row["encoder"]:.0%} | {row["chooser"]} '
+            f'| {", ".join(map(str, row["scales"]))} | {row["tokens"]:.0%} | {row["encoder"]:.0%} | {row["size"]:.2f} '
+            f'| {row["chooser"]} '
             f'| {row["miou"]:.2f} +- {row["miou_std"]:.2f} | {row["lost"]:.2f} +- {row["lost_std"]:.2f} | {gap} |'
         )
     return '\n'.join(lines) + '\n'
@@ -151,7 +159,8 @@ def draw(rows: list) -> Figure:
     curves = {}
     for row in rows:
         if row['chooser'] not in ('dense', 'coarse'):
-            name = row['chooser'] + (f', {len(row["scales"])} scales' if len(row['scales']) > 1 else ' input')
+            name = row['chooser'] if row['chooser'] == 'smaller' or row['size'] == 1 else f'{row["chooser"]}, smaller'
+            name += f', {len(row["scales"])} scales' if len(row['scales']) > 2 else ''
             curves.setdefault(name, []).append(row)
     for name, curve in curves.items():
         curve.sort(key=lambda row: row['encoder'])
@@ -178,7 +187,7 @@ def main() -> None:
     known = [*CHOOSERS, *FITTED]
     parser.add_argument('--choosers', nargs='+', choices=known, default=known)
     parser.add_argument('--budgets', type=float, nargs='+', default=[0.62, 0.47, 0.37], help='shares of the tokens')
-    parser.add_argument('--smaller', type=float, nargs='*', default=[0.6, 0.45, 0.3], help='shares of encoder MACs')
+    parser.add_argument('--sizes', type=float, nargs='+', default=[1.0, 0.85], help='of the images, of their own')
     parser.add_argument('--steps', type=positive, default=500, help='of fitting a gate, each of 8 images')
     parser.add_argument('--fit-budget', type=float, default=0.5, help='where fitted gates are to be most precise')
     parser.add_argument('--fit-images', type=int, default=500, help='at most so many images of training')

@@ -5,8 +5,10 @@
     python tools/fit_gate.py CONFIG CHECKPOINT --out converted --budget 0.4 --scales 16 32 64
 
 CONFIG's backbone is a VisionTransformer, BEiT or MAE of mmseg, or an MSViT, MSBEiT or MSMAE with a FixedGate. Its
-weights and the head's stay as they are; a gate learns where this very model needs its fine tokens. Writes config.py,
-checkpoint.pth and picture.png into --out, and compares both models on at most 100 of the images.
+weights and the head's stay as they are; a gate learns where this very model needs its fine tokens. Part of what is
+saved comes from images that are a little smaller, where that is truer to the dense model than more coarse tokens would
+be; --full-size leaves them as they are. Writes config.py, checkpoint.pth and picture.png into --out, and compares both
+models on at most 100 of the images.
 """
 
 import argparse
@@ -19,8 +21,7 @@ from rich.table import Table
 
 from mmseg_msvit.command_line import InputError, one_line_errors, positive
 from mmseg_msvit.dense_pass import TARGETS, find_images, gather
-from mmseg_msvit.gate_fitting import GATES, compare, convert, dense_backbone, find_threshold, fit, write
-from mmseg_msvit.sweep import set_threshold
+from mmseg_msvit.gate_fitting import GATES, compare, convert, dense_backbone, fit, settle, write
 from mmseg_msvit.testset import FileReader, load_config, load_model
 from mmseg_msvit.visualization import draw_image
 
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument('--target', choices=TARGETS, default='mixed', help="the model's own doubt, or ground truth")
     parser.add_argument('--gate', choices=tuple(GATES), default='context')
     parser.add_argument('--budget', type=float, default=0.6, help='share of the dense tokens that is kept on average')
+    parser.add_argument('--full-size', action='store_true', help='save tokens by coarse regions alone')
     parser.add_argument('--scales', type=positive, nargs='+', help="pixels of a token's side; two by default")
     parser.add_argument('--steps', type=positive, default=500, help='of the optimizer, each of 8 images')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -51,11 +53,12 @@ def main() -> None:
     images, truths = find_images(config, args.images, args.limit)
     examples, windows = gather(dense, reader, images, truths, args.target)
     fit(model, examples, windows, args.budget, args.steps)
-    threshold, share = find_threshold(model, examples, windows, args.budget)
-    write(config, model, changes, threshold, reader.dataset.metainfo, args.out)
+    share = settle(model, examples, windows, args.budget, args.full_size)
+    write(config, model, changes, reader.dataset.metainfo, args.out)
 
-    set_threshold(model, threshold)
-    table = Table(title=f'{len(images)} images, threshold {threshold:.4g}: {share:.1%} of the dense tokens')
+    backbone = model.backbone
+    settled = f'at {backbone.input_scale:.0%} of their size, threshold {backbone.select.threshold:.4g}'
+    table = Table(title=f'{len(images)} images, {settled}: {share:.1%} of the dense tokens')
     for column in ('', 'tokens', 'backbone GMACs', 'as the dense model', 'mIoU'):
         table.add_column(column, justify='right' if column else 'left', no_wrap=True)
     for row in compare(model, examples):
