@@ -73,7 +73,7 @@ class Contest:
 
     def run(self) -> None:
         """Measures what has not been measured yet."""
-        if not self._known('dense', None):
+        if not self._known('dense', None, None):
             self._add(dense(self.model, self.gathered('test')[0]))
         for scales in self.args.scales:
             for budget in self.args.budgets:
