@@ -261,23 +261,28 @@ class MixedScale(GateLossSlot):
             ValueError, FloatingPointError: as :meth:`forward`.
         """
         self._check(images)
-        dense_grid = region_grid(images.shape[2:], self.patch_size)
+        dense_grid = region_grid(images.shape[2:], self.patch_size) if self.reduces else None
         images, grid = pad_to_regions(self.reduce(images), self.patch_size, self.sides[-1])
-        gates = [partial(ask, gate, images) for gate in self.gates]
-        tokens, decision = self.select(gates, grid, None if grid == dense_grid else dense_grid)
+        tokens, decision = self.select([partial(ask, gate, images) for gate in self.gates], grid, dense_grid)
         return images, tokens, decision
 
+    @property
+    def reduces(self) -> bool:
+        """Whether images are made smaller."""
+        return self.input_scale != 1 and not self.training
+
     def reduced_grid(self, grid: Grid) -> Grid:
-        """The cells at test time of an image of (h, w) cells."""
-        return tuple(max(1, round(cells * self.input_scale)) for cells in grid)
+        """The cells of an image of (h, w) cells once it is smaller."""
+        per_mille = round(1000 * self.input_scale)
+        h, w = (torch.sym_max(1, (cells * per_mille + 500) // 1000) for cells in grid)  # whole numbers can be traced
+        return h, w
 
     def reduce(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) as they are embedded: at test time smaller, where ``input_scale`` says so."""
-        grid = region_grid(images.shape[2:], self.patch_size)
-        reduced = grid if self.training else self.reduced_grid(grid)
-        if reduced == grid:
+        if not self.reduces:
             return images
-        return F.interpolate(images, [cells * self.patch_size for cells in reduced], mode='bilinear')
+        grid = self.reduced_grid(region_grid(images.shape[2:], self.patch_size))
+        return F.interpolate(images, [cells * self.patch_size for cells in grid], mode='bilinear')
 
     def embed(self, images: Tensor, tokens: TokenMap) -> Tensor:
         """Makes the tokens that are kept, and no others, with their positions: (N, C).
