@@ -282,7 +282,7 @@ class MixedScale(GateLossSlot):
         if not self.reduces:
             return images
         grid = self.reduced_grid(region_grid(images.shape[2:], self.patch_size))
-        return F.interpolate(images, [cells * self.patch_size for cells in grid], mode='bilinear')
+        return F.interpolate(images, [cells * self.patch_size for cells in grid], mode='bilinear', antialias=True)
 
     def embed(self, images: Tensor, tokens: TokenMap) -> Tensor:
         """Makes the tokens that are kept, and no others, with their positions: (N, C).

@@ -414,7 +414,7 @@ def test_a_smaller_image_at_test_time_alone():
     assert out.shape[2:] == tokens.grid == (4, 6) and tokens.dense_grid == (6, 9) and tokens.dense_length == 55
     cost = pass_costs(model, tokens)[0]
     assert cost['dense_tokens'] == 55 and cost['dense_encoder'] == sum(layer.macs(55) for layer in model.layers)
-    small = torch.nn.functional.interpolate(images, (64, 96), mode='bilinear')
+    small = torch.nn.functional.interpolate(images, (64, 96), mode='bilinear', antialias=True)
     model.input_scale = 1.0
     with record_tokens(model) as seen:
         torch.testing.assert_close(model(small)[-1], out)
