@@ -22,7 +22,7 @@ def pad_to_regions(images: Tensor, patch: int, side: int) -> Tuple[Tensor, Grid]
         The padded images and (h, w) = (ceil(H / patch), ceil(W / patch)), the cells that hold a pixel of the image.
     """
     height, width = images.shape[-2:]
-    grid = -(-height // patch), -(-width // patch)
+    grid = region_grid((height, width), patch)
     hc, wc = region_grid(grid, side)
     region = patch * side
     return F.pad(images, (0, wc * region - width, 0, hc * region - height)), grid

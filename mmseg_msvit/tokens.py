@@ -233,7 +233,8 @@ def cumulative(counts: Tensor) -> Tensor:
 
 def region_grid(grid: Grid, side: int) -> Grid:
     """(hc, wc), the regions of side * side cells that cover a grid of (h, w) cells."""
-    return -(-grid[0] // side), -(-grid[1] // side)
+    # Not by the floor of negative numbers: in ONNX, division of whole numbers rounds to zero.
+    return (grid[0] + side - 1) // side, (grid[1] + side - 1) // side
 
 
 def region_of_cell(grid: Grid, side: int, device=None) -> Tensor:

@@ -119,7 +119,7 @@ def test_file_equals_torch(exported, name, engine):
         images = torch.randn(shape[0], 3, *shape[1:])
         for threshold in (0.0, 0.3, 0.5, 0.8, 1.0):
             wanted, tokens = in_torch(model, images, threshold=threshold, token_budget=None)
-            logits, used = run(None, dict(image=images.numpy(), threshold=np.float32(threshold)))
+            logits, used = run(None, dict(image=images.numpy(), threshold=np.array(threshold, np.float32)))
             np.testing.assert_allclose(logits, wanted, atol=1e-4, rtol=0)
             assert (logits.argmax(1) == wanted.argmax(1)).all()
             assert used.tolist() == tokens.tolist() and used.dtype == np.int64
@@ -132,7 +132,7 @@ def test_batch_equals_its_rows(exported):
     run = session(exported('fcn')).run
     images = np.random.default_rng(0).normal(size=(3, 3, 70, 131)).astype(np.float32)
     images[0] *= 0.1
-    knob = dict(threshold=np.float32(0.5))
+    knob = dict(threshold=np.array(0.5, np.float32))
     logits, used = run(None, dict(image=images, **knob))
     rows = [run(None, dict(image=image[None], **knob)) for image in images]
     assert len(set(used.tolist())) > 1 and used.tolist() == [row[1][0] for row in rows]
@@ -146,7 +146,7 @@ def test_budget_and_classes(exported):
     images = torch.randn(3, 3, 150, 90)
     for tokens in (9.0, 14.5, 30.0, 47.0, 100.0):
         logits, wanted = in_torch(model, images, token_budget=tokens)
-        classes, used = run(['classes', 'tokens_used'], dict(image=images.numpy(), tokens=np.float32(tokens)))
+        classes, used = run(['classes', 'tokens_used'], dict(image=images.numpy(), tokens=np.array(tokens, np.float32)))
         assert used.tolist() == wanted.tolist() and used.mean() <= max(tokens, 9)
         assert classes.dtype == np.uint8 and classes.shape == (3, 150, 90)
         assert (classes == logits.argmax(1)).all()
@@ -157,7 +157,7 @@ def test_int8_leaves_the_gate_and_its_decision_alone(exported):
     whole, small = exported('fcn'), exported('fcn', int8=True)
     images = np.random.default_rng(0).normal(size=(2, 3, 96, 128)).astype(np.float32)
     for threshold in (0.2, 0.5, 0.8):
-        inputs = dict(image=images, threshold=np.float32(threshold))
+        inputs = dict(image=images, threshold=np.array(threshold, np.float32))
         (wanted, tokens), (logits, used) = (session(path).run(None, inputs) for path in (whole, small))
         assert used.tolist() == tokens.tolist()
         assert (logits != wanted).any() and (logits.argmax(1) == wanted.argmax(1)).mean() > 0.9
@@ -168,7 +168,7 @@ def test_int8_leaves_the_gate_and_its_decision_alone(exported):
 
 @pytest.mark.slow
 def test_onnx_runtime_says_what_is_wrong_with_an_image(exported):
-    run, knob = session(exported('fcn')).run, dict(threshold=np.float32(0.5))
+    run, knob = session(exported('fcn')).run, dict(threshold=np.array(0.5, np.float32))
     with pytest.raises(Exception, match='Invalid rank for input: image Got: 3 Expected: 4'):
         run(None, dict(image=np.zeros((3, 64, 64), np.float32), **knob))
     with pytest.raises(Exception, match=r'invalid dimensions for input: image[\s\S]*index: 1 Got: 4 Expected: 3'):

@@ -41,7 +41,7 @@ def through_file(path: Path, threshold: float, threads: int):
         raise InputError(
             f'MODEL.onnx: wanted image and threshold in, logits and tokens_used out, got {names} in {path}'
         )
-    knob = np.float32(threshold)
+    knob = np.array(threshold, np.float32)
     return lambda inputs: torch.from_numpy(session.run(['logits'], dict(image=inputs.numpy(), threshold=knob))[0])
 
 

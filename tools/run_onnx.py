@@ -47,7 +47,7 @@ def choose_knob(session, notes, threshold, tokens):
     value = given[name] if given[name] is not None else notes['threshold' if name == 'threshold' else 'token_budget']
     if value is None:
         raise SystemExit('--tokens: wanted the mean number of tokens that an image may have, got none')
-    return {name: np.float32(value)}
+    return {name: np.array(value, np.float32)}
 
 
 def prepare(picture, notes):
