@@ -182,8 +182,7 @@ def save_onnx(program: torch.onnx.ONNXProgram, path: Path, notes: Dict[str, str]
         program: by :func:`export_onnx`.
         path: of the file.
         notes: the metadata.
-        int8: whether linear layers of the backbone's blocks get weights in int8, and activations as they come
-            (dynamically). All else, the gate above all, stays in float32, and so the decision is the same.
+        int8: whether linear layers of the backbone's blocks get weights in int8, and activations as they come. All else, the gate above all, stays in float32, and so the decision is the same.
     """
     program.model.metadata_props.update(notes)
     if not int8:
@@ -191,7 +190,10 @@ def save_onnx(program: torch.onnx.ONNXProgram, path: Path, notes: Dict[str, str]
         return
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    linear = [node.name for node in program.model.graph if _is_linear_of_block(node)]
+    # The quantiser makes a product and a sum of a Gemm, the product under this name; an empty list would mean all.
+    linear = [f'{n.name}_MatMul' if n.op_type == 'Gemm' else n.name for n in program.model.graph if _is_of_block(n)]
+    if not linear:
+        raise InputError("--int8: wanted linear layers in the backbone's blocks, got none")
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / 'float32.onnx'
         program.save(whole)
@@ -205,7 +207,7 @@ def save_onnx(program: torch.onnx.ONNXProgram, path: Path, notes: Dict[str, str]
         )
 
 
-def _is_linear_of_block(node) -> bool:
+def _is_of_block(node) -> bool:
     """Whether a node of the graph multiplies by a weight of a block."""
     return node.op_type in ('MatMul', 'Gemm') and any(
         value is not None and value.is_initializer() and '.backbone.layers.' in f'.{value.name}'
