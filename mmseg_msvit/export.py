@@ -13,6 +13,7 @@ from typing import Dict, Tuple
 import torch
 from mmcv.transforms import Resize
 from mmengine.config import Config
+from onnxscript import opset20 as ops
 from torch import Tensor, nn
 
 from . import __version__
@@ -119,11 +120,18 @@ def export_onnx(model: nn.Module, budget: bool = False, classes: bool = False) -
                 input_names=['image', 'tokens' if budget else 'threshold'],
                 output_names=['classes' if classes else 'logits', 'tokens_used'],
                 opset_version=OPSET,
+                custom_translation_table={torch.ops.aten.sort.stable: _sort},
                 dynamo=True,
                 verbose=False,
             )
     except Exception as error:  # whatever a part of the model does that a graph cannot
         raise InputError(f'CONFIG: {_culprit(error, deployed.model)} cannot be exported: {_reason(error)}') from error
+
+
+def _sort(values, stable=True, dim=-1, descending=False):
+    """A stable sort, which torch.onnx lacks, in ONNX: its TopK takes of equal values the first one first."""
+    size = ops.Gather(ops.Shape(values), [dim])
+    return ops.TopK(values, size, axis=dim, largest=int(descending), sorted=1)
 
 
 def _culprit(error: BaseException, model: nn.Module) -> str:
@@ -150,7 +158,7 @@ def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
     ``classes``, ``palette`` (RGB); ``mean``, ``std`` of pixels in 0-255, ``bgr_to_rgb``, whether they are for images in
     RGB; ``size_divisor``, to whose multiple images are padded with ``pad_val`` after that; ``resize``, what the test
     pipeline does before it; ``patch``, ``scales``, ``prefix_tokens`` (cls token and registers); ``threshold`` and
-    ``token_budget`` of the config; ``versions``.
+    ``token_budget`` of the config; ``binary_threshold`` of a head with one logit for two classes; ``versions``.
     """
     backbone, reader, pixels = find_msvit(model), FileReader(config), model.data_preprocessor
     channels = backbone.in_channels
@@ -170,6 +178,7 @@ def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
         prefix_tokens=backbone.select.prefix,
         threshold=backbone.select.threshold,
         token_budget=backbone.select.token_budget,
+        binary_threshold=model.decode_head.threshold,
         versions=dict(mmseg_msvit=__version__, torch=torch.__version__),
     )
     return {name: json.dumps(value) for name, value in found.items()}
@@ -182,7 +191,11 @@ def save_onnx(program: torch.onnx.ONNXProgram, path: Path, notes: Dict[str, str]
         program: by :func:`export_onnx`.
         path: of the file.
         notes: the metadata.
-        int8: whether linear layers of the backbone's blocks get weights in int8, and activations as they come. All else, the gate above all, stays in float32, and so the decision is the same.
+        int8: whether linear layers of the backbone's blocks get weights in int8, and activations as they come. All
+            else, the gate above all, stays in float32, and so the decision is the same.
+
+    Raises:
+        InputError: there is no such layer.
     """
     program.model.metadata_props.update(notes)
     if not int8:

@@ -16,6 +16,10 @@ import numpy as np
 import onnxruntime
 from rich.progress import track
 
+NOTES = (
+    'classes', 'palette', 'mean', 'std', 'bgr_to_rgb', 'size_divisor', 'pad_val', 'resize', 'threshold', 'token_budget',
+    'binary_threshold',
+)  # fmt: skip
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
 
 
@@ -28,13 +32,9 @@ def load(path):
     except Exception as error:  # ONNX Runtime has many
         raise SystemExit(f'MODEL.onnx: wanted an ONNX file, got {path}: {str(error).splitlines()[0]}') from None
     notes = session.get_modelmeta().custom_metadata_map
-    wanted = ('classes', 'palette', 'mean', 'std', 'bgr_to_rgb', 'size_divisor', 'pad_val', 'patch', 'prefix_tokens')
-    if not set(wanted) <= set(notes) or session.get_outputs()[-1].name != 'tokens_used':
+    if not set(NOTES) <= set(notes) or session.get_outputs()[-1].name != 'tokens_used':
         raise SystemExit(f'MODEL.onnx: wanted a file of tools/export_onnx.py, got {path} without its metadata')
-    return session, {name: json.loads(notes[name]) for name in notes if name in (*wanted, *OPTIONAL)}
-
-
-OPTIONAL = ('resize', 'threshold', 'token_budget')
+    return session, {name: json.loads(notes[name]) for name in NOTES}
 
 
 def choose_knob(session, notes, threshold, tokens):
@@ -76,7 +76,9 @@ def predict(session, knob, picture, notes):
     if answer.dtype == np.uint8:
         return cv2.resize(answer, size, interpolation=cv2.INTER_NEAREST), int(tokens[0])
     logits = np.stack([cv2.resize(plane, size, interpolation=cv2.INTER_LINEAR) for plane in answer])
-    classes = logits.argmax(0) if len(logits) > 1 else logits[0] > 0
+    if len(logits) > 1:
+        return logits.argmax(0).astype(np.uint8), int(tokens[0])
+    classes = 1 / (1 + np.exp(-logits[0])) > notes['binary_threshold']
     return classes.astype(np.uint8), int(tokens[0])
 
 
