@@ -269,6 +269,8 @@ class MixedScale(GateLossSlot):
 
     def reduced_grid(self, grid: Grid) -> Grid:
         """The cells at test time of an image of (h, w) cells."""
+        if self.input_scale == 1:
+            return grid
         return tuple(max(1, round(cells * self.input_scale)) for cells in grid)
 
     def reduce(self, images: Tensor) -> Tensor:
