@@ -57,7 +57,11 @@ setup(
         'ftfy',
         'regex',
     ],
-    extras_require={'classification': ['mmpretrain>=1.2.0'], 'tools': ['jinja2', 'matplotlib', 'rich']},
+    extras_require={
+        'classification': ['mmpretrain>=1.2.0'],
+        'export': ['onnx', 'onnxruntime', 'onnxscript', 'rich'],
+        'tools': ['jinja2', 'matplotlib', 'rich'],
+    },
     cmdclass={'build_py': BuildPyWithMim},
     zip_safe=False,
     include_package_data=False,

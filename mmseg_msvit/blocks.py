@@ -14,7 +14,7 @@ from mmseg.models.backbones.beit import BEiTTransformerEncoderLayer
 from mmseg.models.backbones.vit import TransformerEncoderLayer
 from torch import Tensor, nn
 
-from .attention import attend, drop_path
+from .attention import attend, attend_padded, drop_path
 from .positions import Relative, rotate
 from .tokens import TokenMap
 
@@ -69,7 +69,7 @@ class Block(nn.Module):
         if gamma is not None:
             x = x * gamma
         if self.training and drop > 0:
-            x = drop_path(x, tokens.image, len(tokens.lengths), drop)
+            x = drop_path(x, tokens.image, tokens.images, drop)
         return x
 
     def macs(self, tokens: int) -> int:
@@ -101,7 +101,7 @@ class Attention(nn.Module):
         raise NotImplementedError
 
     def bias(self, places: Places) -> Optional[Callable[[int], Tensor]]:
-        """Takes an image's number to what is added to its scores, (heads, n, n); None for nothing."""
+        """Takes an image's number to what is added to its scores, (..., heads, n, n); None for nothing."""
         return None
 
     def forward(self, x: Tensor, tokens: TokenMap, places: Places) -> Tensor:
@@ -109,14 +109,12 @@ class Attention(nn.Module):
         qkv = self.project_in(x).unflatten(1, (3, self.num_heads, -1))  # (N, 3, heads, d)
         if places.rotary is not None:
             qkv = rotate(qkv, *places.rotary)
-        out = attend(
-            qkv,
-            tokens.lengths,
-            weight=tokens.weight if tokens.masked else None,
-            dropout=self.dropout if self.training else 0.0,
-            cu_seqlens=tokens.cu_seqlens,
-            bias=self.bias(places),
-        )  # (N, heads, d)
+        dropout, bias = self.dropout if self.training else 0.0, self.bias(places)
+        if tokens.padded is not None:
+            out = attend_padded(qkv, tokens.padded, tokens.image, dropout, bias)  # (N, heads, d)
+        else:
+            weight = tokens.weight if tokens.masked else None
+            out = attend(qkv, tokens.lengths, weight, dropout, tokens.cu_seqlens, bias)  # (N, heads, d)
         return self.proj_drop(self.project_out(out.flatten(1)))
 
     def macs(self, tokens: int) -> int:
@@ -181,7 +179,7 @@ class RelativeAttention(Attention):
 
     def bias(self, places: Places) -> Callable[[int], Tensor]:
         table = places.relative.filter(self.relative_position_bias_table)  # (rows, heads)
-        return lambda image: table[places.relative.index[image]].permute(2, 0, 1)  # (heads, n, n)
+        return lambda image: table[places.relative.index[image]].movedim(-1, -3)  # (..., heads, n, n)
 
 
 class FeedForward(nn.Module):

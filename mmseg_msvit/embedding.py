@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .tokens import Grid
+from .tokens import Grid, region_grid
 
 
 def pad_to_regions(images: Tensor, patch: int, side: int) -> Tuple[Tensor, Grid]:
@@ -22,9 +22,10 @@ def pad_to_regions(images: Tensor, patch: int, side: int) -> Tuple[Tensor, Grid]
         The padded images and (h, w) = (ceil(H / patch), ceil(W / patch)), the cells that hold a pixel of the image.
     """
     height, width = images.shape[-2:]
+    grid = region_grid((height, width), patch)
+    hc, wc = region_grid(grid, side)
     region = patch * side
-    padded = F.pad(images, (0, -width % region, 0, -height % region))
-    return padded, (-(-height // patch), -(-width // patch))
+    return F.pad(images, (0, wc * region - width, 0, hc * region - height)), grid
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
@@ -48,6 +49,14 @@ def area_mean(images: Tensor, side: int) -> Tensor:
     """
     rows = reduce(torch.add, (images[..., i::side, :] for i in range(side)))  # (B, C, H / side, W)
     return reduce(torch.add, (rows[..., i::side] for i in range(side))) / side**2
+
+
+def mean_weights(cells: int, windows: int, like: Tensor) -> Tensor:
+    """(windows, cells), in the type of a tensor: the means of equal windows, those of adaptive average pooling."""
+    number = torch.arange(windows, device=like.device)[:, None]
+    begin, end = number * cells // windows, ((number + 1) * cells + windows - 1) // windows
+    cell = torch.arange(cells, device=like.device)
+    return ((cell >= begin) & (cell < end)).to(like.dtype) / (end - begin)
 
 
 class PatchRows(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .blocks import linear_weights
 from .checkpoint import misshapen, resample_grid
-from .embedding import area_mean, patchify
+from .embedding import area_mean, mean_weights, patchify
 from .reading import read_checkpoint, tensors_below
 
 # A decided gate's logit: sigmoid(20) is 1 - 2e-9, so that it is beyond any threshold that one would set.
@@ -240,7 +240,10 @@ class ContextGate(LearnedGate):
     def logits(self, images: Tensor, grid: Tuple[int, int]) -> Tensor:
         side, rest = divmod(self.region, self.PIXELS)
         if rest:
-            images = F.interpolate(images, [n * self.PIXELS for n in grid], mode='area')
+            weights = mean_weights(self.region, self.PIXELS, images)  # (P, R)
+            images = patchify(images, self.region).unflatten(-1, (-1, self.region, self.region))
+            images = (weights @ images @ weights.T).permute(0, 3, 1, 4, 2, 5)  # (B, C, hc, P, wc, P)
+            images = images.flatten(4, 5).flatten(2, 3)
         elif side > 1:
             images = area_mean(images, side)
         x = self.patch(images.contiguous(memory_format=torch.channels_last))  # (B, width / 4, 4 * hc, 4 * wc)
@@ -275,7 +278,7 @@ class FixedGate(ForcedGate):
         self.coarse = coarse
 
     def forward(self, images: Tensor, grid: Tuple[int, int], left: Optional[Tensor] = None) -> Tensor:
-        return images.new_full((len(images), *grid), CERTAIN if self.coarse else -CERTAIN, dtype=torch.float32)
+        return images.new_full((images.shape[0], *grid), CERTAIN if self.coarse else -CERTAIN, dtype=torch.float32)
 
 
 def _check_ratio(coarse_ratio: float) -> float:
@@ -297,7 +300,7 @@ class RandomGate(ForcedGate):
         self.coarse_ratio = _check_ratio(coarse_ratio)
 
     def forward(self, images: Tensor, grid: Tuple[int, int], left: Optional[Tensor] = None) -> Tensor:
-        coin = torch.rand(len(images), *grid, device=images.device) < self.coarse_ratio
+        coin = torch.rand(images.shape[0], *grid, device=images.device) < self.coarse_ratio
         return torch.where(coin, CERTAIN, -CERTAIN)
 
 
@@ -318,7 +321,7 @@ class VarianceGate(ForcedGate):
         self.check(images, grid)
         pixels = patchify(images.float(), self.region).unflatten(-1, (self.in_channels, -1))  # (B, hc, wc, C, R * R)
         variance = pixels.var(-1, correction=0).mean(-1).flatten(1)  # (B, hc * wc)
-        count = variance.new_full((len(variance), 1), variance.shape[1])
+        count = variance.new_full((variance.shape[0], 1), variance.shape[1])
         if left is not None:
             count = left.flatten(1).sum(1, keepdim=True)
             variance = variance.masked_fill(~left.flatten(1), torch.inf)

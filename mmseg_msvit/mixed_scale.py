@@ -6,7 +6,7 @@ dense grid.
 """
 
 import os
-from functools import lru_cache, partial
+from functools import partial
 from typing import ClassVar, Dict, List, Optional, Sequence, Tuple, Union
 from weakref import WeakSet
 
@@ -26,7 +26,7 @@ from .gates import Gate
 from .positions import table_positions
 from .reading import read_checkpoint, tensors_below
 from .selection import Decision, TokenSelector, raise_not_finite
-from .tokens import Grid, PackedTokens, TokenMap, region_grid
+from .tokens import Grid, PackedTokens, TokenMap, first, region_grid, remembered, traced
 
 COARSE_EMBED = ('resize', 'resize+detail')
 OUT_DETAIL = ('none', 'residual')
@@ -273,6 +273,8 @@ class MixedScale(GateLossSlot):
 
     def reduced_grid(self, grid: Grid) -> Grid:
         """The cells of an image of (h, w) cells once it is smaller."""
+        if self.input_scale == 1:
+            return grid
         per_mille = round(1000 * self.input_scale)
         h, w = (torch.sym_max(1, (cells * per_mille + 500) // 1000) for cells in grid)  # whole numbers can be traced
         return h, w
@@ -296,9 +298,9 @@ class MixedScale(GateLossSlot):
         levels = []  # (B, h * w of the level, P), coarsest first
         for side in reversed(self.sides[1:]):
             hc, wc = region_grid(tokens.grid, side)
-            coarse = patchify(area_mean(images, side), self.patch_size)[:, :hc, :wc]
-            levels.append(coarse.flatten(1, 2))
-        levels.append(fine[:, :h, :w].flatten(1, 2))
+            coarse = patchify(area_mean(images, side), self.patch_size)
+            levels.append(first(first(coarse, hc, 1), wc, 2).flatten(1, 2))
+        levels.append(first(first(fine, h, 1), w, 2).flatten(1, 2))
         patches = torch.cat(levels, 1)  # (B, T, P)
         patch = self._patch(tokens)  # (N,), -1 for a prefix row
         x = self.patch_embed(patches[tokens.image, patch])  # (N, C), in prefix rows some patch's, replaced below
@@ -407,7 +409,7 @@ class MixedScale(GateLossSlot):
     def _check(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != self.in_channels or 0 in images.shape:
             raise ValueError(f'images must be (B, in_channels={self.in_channels}, H, W), got {tuple(images.shape)}')
-        if not images.sum(dtype=torch.float32).isfinite():
+        if not traced() and not images.sum(dtype=torch.float32).isfinite():
             raise_not_finite('pixels of the images', images)
 
 
@@ -422,10 +424,10 @@ def _gate_of_level(cfg: dict, level: int) -> dict:
 def ask(gate: Gate, images: Tensor, grid: Grid, left: Optional[Tensor] = None) -> Tensor:
     """A gate's logits (B, hc, wc); finer regions of padding alone, which the coarsest ones bring, are cut off."""
     height, width = (regions * gate.region for regions in grid)
-    return gate(images[..., :height, :width], grid, left)
+    return gate(first(first(images, height, 2), width, 3), grid, left)
 
 
-@lru_cache(maxsize=64)
+@remembered
 def _rasters(grid: Grid, sides: Tuple[int, ...], device: torch.device) -> Tensor:
     """(levels, 3) int64: a token's side, tokens in a row, and the first one's number, coarsest level first."""
     rows, begin = [], 0

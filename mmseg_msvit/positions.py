@@ -5,13 +5,14 @@ All are defined for a fine cell, and follow for a coarser token from the cells t
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tokens import Grid, TokenMap
+from .tokens import Grid, TokenMap, traced
 
 # The table's own modes, and bicubic with antialiasing, as DINOv2 with registers and timm resample.
 ANTIALIAS = '-antialias'
@@ -25,7 +26,7 @@ def resample_table(table: Tensor, size: Grid, mode: str) -> Tensor:
         size: (h, w).
         mode: of :func:`torch.nn.functional.interpolate`; with ``-antialias`` after it, smoothed where it shrinks.
     """
-    if tuple(table.shape[2:]) == tuple(size):
+    if not traced() and tuple(table.shape[2:]) == tuple(size):
         return table
     antialias = mode.endswith(ANTIALIAS)
     mode = mode[: -len(ANTIALIAS)] if antialias else mode
@@ -52,7 +53,9 @@ def table_positions(pos_embed: Tensor, table: Grid, grid: Grid, sides: Sequence[
     """
     cells = pos_embed[:, 1:].unflatten(1, table).permute(0, 3, 1, 2)  # (1, C, gh, gw), channels last: it pools fast
     cells = resample_table(cells, grid, mode).contiguous(memory_format=torch.channels_last)
-    levels = [F.avg_pool2d(cells, side, ceil_mode=True) for side in reversed(sides[1:])]  # divides by what exists
+    # Divides by what exists; ONNX wants to be told so in two ways.
+    pooled = partial(F.avg_pool2d, cells, ceil_mode=True, count_include_pad=False)
+    levels = [pooled(side) for side in reversed(sides[1:])]
     return torch.cat([level[0].flatten(1).T for level in (*levels, cells)] + [pos_embed[0, :1]])
 
 
@@ -70,7 +73,7 @@ def rotary(tokens: TokenMap, dims: int) -> Tuple[Tensor, Tensor]:
         (N, 1, d) each, float32.
     """
     frequency = torch.arange(dims // 4, device=tokens.center.device) * (4 / dims)
-    extent = tokens.center.new_tensor(tokens.grid)
+    extent = torch.tensor(tokens.grid, dtype=tokens.center.dtype, device=tokens.center.device)
     angle = 2 * math.pi * (2 * tokens.center / extent - 1)[:, :, None] / 100.0**frequency  # (N, 2, d / 4)
     angle = angle.flatten(1).repeat(1, 2)  # (N, d)
     angle = torch.where(tokens.level[:, None] < 0, 0, angle)[:, None]  # (N, 1, d)
@@ -98,7 +101,8 @@ class Relative:
         window: (Wh, Ww), the cells that the table is for.
         grid: (h, w) of the images. Tables are cut, or continued by their edge, so that an offset keeps its bias.
         filters: for both axes (E * E, D, D), a matrix for each pair of extents; D = 2 h - 1 or 2 w - 1 offsets.
-        index: of each image (n, n) int64, rows of the filtered table; queries are rows.
+        index: of each image (n, n) int64, rows of the filtered table; queries are rows. In a traced model of all images
+            at once, (B, n, n).
     """
 
     window: Grid
@@ -113,23 +117,28 @@ class Relative:
         side = torch.tensor(sides, device=device)[tokens.level.clamp(min=0)]  # (N,)
         filters, offsets, kinds = [], [], []
         for axis, cells in enumerate(tokens.grid):
-            extents = sorted({s for s in sides if s <= cells} | {cells % s for s in sides if cells % s})
-            filters.append(torch.stack([_mean_over(a, b, 2 * cells - 1) for a in extents for b in extents]).to(device))
+            if traced():
+                extents = range(1, sides[-1] + 1)
+            else:
+                extents = sorted({s for s in sides if s <= cells} | {cells % s for s in sides if cells % s})
+            extents = torch.tensor(extents, device=device)  # (E,)
+            filters.append(_mean_over(extents, 2 * cells - 1))
             begin = tokens.center[:, axis].div(side, rounding_mode='floor').long() * side  # (N,)
             extent = torch.minimum(side, cells - begin)
-            extent = torch.searchsorted(torch.tensor(extents, device=device), extent)  # its number
-            pairs = [part[:, None] * len(extents) + part for part in extent.split(tokens.lengths)]
-            kinds.append(pairs)  # for each image (n, n)
-            offsets.append([part[:, None] - part + cells - 1 for part in begin.split(tokens.lengths)])
+            extent = (extent[:, None] > extents).sum(1)  # its number
+            kinds.append(
+                [part[..., :, None] * extents.shape[0] + part[..., None, :] for part in tokens.by_image(extent)]
+            )
+            offsets.append([part[..., :, None] - part[..., None, :] + cells - 1 for part in tokens.by_image(begin)])
         (rows_y, height, _), (rows_x, width, _) = (f.shape for f in filters)
         end = rows_y * rows_x * height * width
         index = []
-        for ky, kx, dy, dx, level in zip(*kinds, *offsets, tokens.level.split(tokens.lengths)):
+        for ky, kx, dy, dx, level in zip(*kinds, *offsets, tokens.by_image(tokens.level)):
             pairs = ((ky * rows_x + kx) * height + dy) * width + dx  # (n, n)
-            prefix = level < 0
+            query, key = level[..., :, None] < 0, level[..., None, :] < 0
             # The table ends with the bias of cls as a query, as a key, and as both; registers take it too.
-            pairs = torch.where(prefix[:, None], end, pairs)
-            pairs = torch.where(prefix, torch.where(prefix[:, None], end + 2, end + 1), pairs)
+            pairs = torch.where(query, end, pairs)
+            pairs = torch.where(key, torch.where(query, end + 2, end + 1), pairs)
             index.append(pairs)
         return Relative(tuple(window), tokens.grid, tuple(filters), index)
 
@@ -143,11 +152,10 @@ class Relative:
         return torch.cat((filtered.flatten(0, 3), cls))
 
 
-def _mean_over(a: int, b: int, offsets: int) -> Tensor:
-    """The filter of a pair of extents: the mean over offsets d + i - j for i < a and j < b."""
-    matrix = torch.zeros(offsets, offsets)
-    for i in range(a):
-        for j in range(b):
-            if abs(i - j) < offsets:
-                matrix += torch.ones(offsets - abs(i - j)).diag(i - j)
-    return matrix / (a * b)
+def _mean_over(extents: Tensor, offsets: int) -> Tensor:
+    """The filters of all pairs of extents (E,), (E * E, D, D): the mean over offsets d + i - j for i < a and j < b."""
+    a, b = extents[:, None, None, None], extents[None, :, None, None]
+    number = torch.arange(offsets, device=extents.device)
+    apart = number - number[:, None]  # (D, D), i - j
+    pairs = torch.minimum(a, b + apart) - apart.clamp(min=0)  # of i and j that are so far apart
+    return (pairs.clamp(min=0) / (a * b)).flatten(0, 1)

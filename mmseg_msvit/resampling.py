@@ -12,12 +12,12 @@ from scipy.interpolate import RectBivariateSpline
 from torch import Tensor
 
 from .positions import resample_table
-from .tokens import Grid
+from .tokens import Grid, traced
 
 
 def resample_grid(parameter: Tensor, grid: Grid) -> Tensor:
     """Values on a region grid, (1, D, gh, gw), on another one."""
-    if tuple(parameter.shape[2:]) == tuple(grid):
+    if not traced() and tuple(parameter.shape[2:]) == tuple(grid):
         return parameter
     return F.interpolate(parameter, size=tuple(grid), mode='bilinear', align_corners=False)
 

@@ -8,14 +8,13 @@ candidates are *active*: each cell of the grid is covered by exactly one active 
 import math
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from mmengine.logging import MessageHub
 from torch import Tensor, nn
 
-from .tokens import Grid, TokenMap, cumulative, over_cells, region_grid, region_of_cell
+from .tokens import Grid, TokenMap, cumulative, over_cells, region_grid, region_of_cell, remembered, traced
 
 TRAIN_TOKENS = ('active', 'trimmed', 'all')
 
@@ -51,7 +50,7 @@ class Decision:
         return found
 
 
-@lru_cache(maxsize=64)
+@remembered
 def candidates(grid: Grid, sides: Tuple[int, ...], prefix: int, device: torch.device) -> Tuple[Tensor, Tensor, Tensor]:
     """Level (T,), center (T, 2) and size (T,) of an image's candidates, as in :class:`TokenMap`."""
     levels, centers, sizes = [torch.full((prefix,), -1)], [torch.zeros(prefix, 2)], [torch.zeros(prefix)]
@@ -64,7 +63,7 @@ def candidates(grid: Grid, sides: Tuple[int, ...], prefix: int, device: torch.de
         (y, height), (x, width) = axes
         centers.append(torch.cartesian_prod(y, x))
         sizes.append((height[:, None] * width).flatten().float())
-        levels.append(torch.full((len(centers[-1]),), level))
+        levels.append(torch.full((centers[-1].shape[0],), level))
     return tuple(torch.cat(parts).to(device) for parts in (levels, centers, sizes))
 
 
@@ -141,14 +140,10 @@ class TokenSelector(nn.Module):
             left = self._inside(~chosen if left is None else left & ~chosen, grid, level)
         learning = self.training and any(answer.requires_grad for answer in logits)
         if self.token_budget is not None and not self.training:
-            coarse = self._within_budget(logits, grid)
-            left = self._fine(coarse, grid)
+            *coarse, left = self._within_budget(logits, grid)
         active = self._in_order(coarse + [left])  # (B, T)
         counts = active.sum(1)  # (B,)
-        finite = torch.stack([answer.isfinite().all() for answer in logits]).all()
-        *lengths, finite = torch.cat((counts, finite[None])).tolist()  # the selection's one wait for the device
-        if not finite:
-            raise_not_finite('gate logits', torch.cat([answer.flatten() for answer in logits]))
+        lengths = None if traced() else self._read(counts, logits)
 
         weight = None
         keep = active
@@ -163,31 +158,42 @@ class TokenSelector(nn.Module):
                 keep = torch.zeros_like(active).scatter_(1, best, True)
                 lengths = [max(lengths)] * len(lengths)
             weight = active + (soft - soft.detach())  # (B, T)
+            counts = keep.sum(1)
 
-        total = sum(lengths)
-        index = torch.nonzero_static(keep.flatten(), size=total).flatten()  # (N,), image * T + candidate
-        row = torch.full_like(keep, total, dtype=torch.long).flatten()  # (B * T,)
-        row[index] = torch.arange(total, device=index.device)
-        rows = row.unflatten(0, keep.shape)[:, self.prefix :].split([c[0].numel() for c in coarse + [left]], dim=1)
+        kept = keep.nonzero() if lengths is None else torch.nonzero_static(keep, size=sum(lengths))
+        image, candidate = kept.unbind(1)  # (N,) each
+        total = kept.shape[0]
+        row = torch.full_like(keep, total, dtype=torch.long)  # (B, T)
+        row[image, candidate] = torch.arange(total, device=row.device)
+        rows = row[:, self.prefix :].split([c[0].numel() for c in coarse + [left]], dim=1)
         sides = reversed(self.sides)
         cover = torch.stack([r[:, region_of_cell(grid, s, r.device)] for r, s in zip(rows, sides)])  # (K, B, h * w)
         if not masked:
             cover = cover.amin(0, keepdim=True)
-        level, center, size = candidates(tuple(grid), self.sides, self.prefix, index.device)
-        candidate = index % keep.shape[1]
+        level, center, size = candidates(tuple(grid), self.sides, self.prefix, row.device)
+        cu_seqlens = cumulative(counts)
         tokens = TokenMap(
             grid=tuple(grid),
             lengths=lengths,
-            cu_seqlens=cumulative(lengths, index.device),
+            cu_seqlens=cu_seqlens,
             prefix=self.prefix,
             level=level[candidate],
             center=center[candidate],
             size=size[candidate],
             cover=cover.unflatten(2, grid),
-            weight=None if weight is None else weight.flatten()[index],
+            weight=None if weight is None else weight[image, candidate],
             dense_grid=dense_grid,
+            padded=_padded(cu_seqlens, total) if lengths is None else None,
         )
         return tokens, Decision(logits[::-1], coarse[::-1])
+
+    def _read(self, counts: Tensor, logits: List[Tensor]) -> List[int]:
+        """The counts on the host, once the logits are known to be finite: the selection's one wait for the device."""
+        finite = torch.stack([answer.isfinite().all() for answer in logits]).all()
+        *lengths, finite = torch.cat((counts, finite[None])).tolist()
+        if not finite:
+            raise_not_finite('gate logits', torch.cat([answer.flatten() for answer in logits]))
+        return lengths
 
     def _decide(self, logits: Tensor, learning: bool) -> Tuple[Tensor, Tensor]:
         """Probabilities m, noisy where a gate is learning, and whether they mean coarse."""
@@ -203,14 +209,9 @@ class TokenSelector(nn.Module):
         finer = self.sides[level - 1]
         return over_cells(regions, region_grid(grid, finer), self.sides[level] // finer)
 
-    def _fine(self, coarse: List[Tensor], grid: Grid) -> Tensor:
-        """Where no coarse token is active: (B, h, w) bool. Levels come coarsest first."""
-        covered = [over_cells(c, grid, side) for c, side in zip(coarse, reversed(self.sides))]
-        return ~torch.stack(covered).any(0)
-
     def _in_order(self, levels: List[Tensor]) -> Tensor:
         """Values of all levels, coarsest first, and ones for the prefix, in the order of the candidates: (B, T)."""
-        prefix = levels[0].new_ones(len(levels[0]), self.prefix)
+        prefix = levels[0].new_ones(levels[0].shape[0], self.prefix)
         return torch.cat((prefix, *(values.flatten(1) for values in levels)), 1)
 
     def _soft_values(self, soft: List[Tensor], grid: Grid) -> List[Tensor]:
@@ -222,45 +223,50 @@ class TokenSelector(nn.Module):
         return values + [reach]
 
     def _within_budget(self, logits: List[Tensor], grid: Grid) -> List[Tensor]:
-        """The decision that meets the budget, coarsest level first; by logits, since sure probabilities are all 1.
+        """The decision that meets the budget, coarsest level first, and where it leaves cells fine.
 
-        All regions of all levels and images stand in one order, and the first k of them are coarse, where no coarser
-        one is: the fewest that are enough, found by bisection, since more coarse regions never mean more tokens.
+        All regions of all levels and images stand in one order, by their logits, since sure probabilities are all 1.
+        The first k of them are coarse, where no coarser one is: the fewest that are enough, since more coarse regions
+        never mean more tokens.
         """
-        images = len(logits[0])
+        images = logits[0].shape[0]
         fine = self.token_budget - self.prefix
         least = logits[0][0].numel()
-        if least > fine:
+        if not traced() and least > fine:
             warnings.warn(
                 f'token_budget of {self.token_budget} cannot be met: an image of {least} regions has '
                 f'{least + self.prefix} tokens if all are coarse',
                 stacklevel=2,
             )
         order = torch.cat([level.flatten() for level in logits]).argsort(descending=True, stable=True)
+        regions = order.shape[0]
         place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
+        place[order] = torch.arange(regions, device=order.device)
         _, _, size = candidates(tuple(grid), self.sides[1:], 0, order.device)
         # A region of one cell at a corner is never coarse: it would save nothing.
         never = (size == 1).split([level[0].numel() for level in logits])
-        places = [
-            torch.where(n, len(order), p.view(images, -1)).view_as(level)
-            for p, n, level in zip(place.split([level.numel() for level in logits]), never, logits)
-        ]
+        # With the first k coarse, a region is a token from k > begin on and until k > end, when it is part of a coarser
+        # one; a cell from the first.
+        end = torch.full_like(logits[0], regions, dtype=torch.long)
+        change = order.new_zeros(regions + 1)  # of the number of tokens, from k to k + 1
+        spans = []
+        for level, p, n in zip(range(len(logits), 0, -1), place.split([level.numel() for level in logits]), never):
+            begin = torch.where(n, regions, p.view(images, -1)).view(end.shape)
+            spans.append((begin, end))
+            lives = (begin < end).long().flatten()
+            change = change.index_add(0, begin.flatten(), lives).index_add(0, end.flatten(), -lives)
+            end = self._inside(torch.minimum(begin, end), grid, level)
+        change = change.index_add(0, end.flatten(), -torch.ones_like(end.flatten()))
+        counts = end.numel() + change.cumsum(0) - change  # (regions + 1,), of the first k coarse
+        k = (counts[:-1] > images * fine).sum()
+        return [(begin < k) & (end >= k) for begin, end in spans] + [end >= k]
 
-        def decide(k: Tensor) -> List[Tensor]:
-            coarse, left = [], None
-            for level, p in zip(range(len(places), 0, -1), places):
-                chosen = p < k if left is None else (p < k) & left
-                coarse.append(chosen)
-                left = self._inside(~chosen if left is None else left & ~chosen, grid, level)
-            return coarse + [left]
 
-        low, high = order.new_tensor(-1), order.new_tensor(len(order))  # the answer is in (low, high]
-        for _ in range(math.ceil(math.log2(len(order) + 1))):
-            middle = (low + high) // 2
-            enough = sum(part.sum() for part in decide(middle)) <= images * fine
-            low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-        return decide(high)[:-1]
+def _padded(cu_seqlens: Tensor, total: int) -> Tensor:
+    """(B, n) int64, the rows of each image, n those of the longest one; beyond an image's own there is ``total``."""
+    longest = cu_seqlens.diff().max().item()
+    rows = cu_seqlens[:-1, None].long() + torch.arange(longest, device=cu_seqlens.device)
+    return torch.where(rows < cu_seqlens[1:, None], rows, total)
 
 
 def raise_not_finite(name: str, values: Tensor) -> None:

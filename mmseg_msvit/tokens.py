@@ -5,7 +5,8 @@ lie one after the other, image after image, in one pack of N rows without paddin
 """
 
 from dataclasses import dataclass, replace
-from typing import Callable, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from functools import lru_cache, wraps
+from typing import Callable, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ class TokenMap:
 
     Attributes:
         grid: (h, w), the fine cells of each image.
-        lengths: B ints on the host, the number of rows of each image.
+        lengths: B ints on the host, the number of rows of each image; None in a traced model, which cannot know them.
         cu_seqlens: (B + 1,) int32, the row of the pack where each image begins, and N at the end.
         prefix: leading rows of each image that cover no cell: the cls token and registers.
         level: (N,) int64, -1 for a prefix row, 0 for a fine token, 1 and more for coarser ones.
@@ -31,10 +32,12 @@ class TokenMap:
         weight: (N,) float32 or None. Value 1 for an active token, 0 for an inactive one, with the gradient of the
             token's soft value (straight-through). None where no gate gets a gradient.
         dense_grid: the fine cells of each image before the backbone reduced it; None where it did not.
+        padded: (B, n) int64 in a traced model, in the place of ``lengths``: the rows of each image, and N, which stands
+            for nothing, after the last one of those that have fewer than n. None else.
     """
 
     grid: Grid
-    lengths: List[int]
+    lengths: Optional[List[int]]
     cu_seqlens: Tensor
     prefix: int
     level: Tensor
@@ -43,6 +46,12 @@ class TokenMap:
     cover: Tensor
     weight: Optional[Tensor] = None
     dense_grid: Optional[Grid] = None
+    padded: Optional[Tensor] = None
+
+    @property
+    def images(self) -> int:
+        """B."""
+        return self.cu_seqlens.shape[0] - 1
 
     @property
     def masked(self) -> bool:
@@ -52,7 +61,10 @@ class TokenMap:
     @property
     def image(self) -> Tensor:
         """(N,) int64, the image that each row belongs to."""
-        return torch.repeat_interleave(self.cu_seqlens.diff(), output_size=len(self.level))
+        if self.padded is not None:  # ONNX does not repeat by a number that it does not know
+            row = torch.arange(self.level.shape[0], device=self.level.device)
+            return (row[:, None] >= self.cu_seqlens[1:]).sum(1)
+        return torch.repeat_interleave(self.cu_seqlens.diff(), output_size=self.level.shape[0])
 
     @property
     def dense_length(self) -> int:
@@ -69,11 +81,17 @@ class TokenMap:
         counted = torch.ones_like(self.level, dtype=torch.bool) if level is None else self.level == level
         if self.masked:
             counted = counted & (self.weight > 0.5)
-        return counted.new_zeros(len(self.lengths), dtype=torch.long).index_add_(0, self.image, counted.long())
+        return counted.new_zeros(self.images, dtype=torch.long).index_add_(0, self.image, counted.long())
 
     def levels(self) -> Tensor:
         """(B, h, w) int64, the level of the token that covers each cell, where each cell has one."""
         return self.level[self.cover[0]]
+
+    def by_image(self, x: Tensor) -> List[Tensor]:
+        """Rows (N, ...) of each image, (n, ...); in a traced model of all, (B, n, ...), with any row for padding."""
+        if self.padded is None:
+            return list(x.split(self.lengths))
+        return [x[self.padded.clamp(max=x.shape[0] - 1)]]
 
     def prefix_rows(self) -> Tensor:
         """(B, prefix) int64, the rows of each image's cls token and registers."""
@@ -102,7 +120,7 @@ class TokenMap:
     def from_grid(self, cells: Tensor) -> Tensor:
         """The mean over each token's cells: (B, C, h, w) to (N, C), zero in the prefix rows."""
         cells = cells.flatten(2).transpose(1, 2).flatten(0, 1)  # (B * h * w, C)
-        total = cells.new_zeros(len(self.level) + 1, cells.shape[1])
+        total = cells.new_zeros(self.level.shape[0] + 1, cells.shape[1])
         for rows in self.cover:
             total = total.index_add(0, rows.flatten(), cells)
         return total[:-1] / self.size.clamp(min=1)[:, None].to(cells.dtype)
@@ -159,7 +177,7 @@ class TokenMap:
         return replace(
             self,
             lengths=list(lengths),
-            cu_seqlens=cumulative(lengths, into.device),
+            cu_seqlens=cumulative(torch.tensor(lengths, device=into.device)),
             level=torch.full((n,), -1, device=into.device).scatter_reduce(0, into, self.level, 'amax'),
             center=self.pool(self.center, into, n),
             size=self.size.new_zeros(n).index_add(0, into, self.size),
@@ -187,14 +205,36 @@ class PackedTokens(NamedTuple):
     observers: Iterable[Callable] = ()
 
 
-def cumulative(lengths: Sequence[int], device=None) -> Tensor:
-    """(B + 1,) int32, where each image begins, and the end."""
-    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(device)
+def traced() -> bool:
+    """Whether ``torch.export`` or ``torch.compile`` is looking, to whom sizes and numbers of tokens are symbols."""
+    return torch.compiler.is_compiling()
+
+
+def remembered(function: Callable) -> Callable:
+    """``lru_cache`` of a function of sizes; not in a traced model, whose symbols have no hash."""
+    cached = lru_cache(maxsize=64)(function)
+
+    @wraps(function)
+    def call(*args):
+        return function(*args) if traced() else cached(*args)
+
+    return call
+
+
+def first(x: Tensor, n: int, dim: int) -> Tensor:
+    """The first n along a dimension. A traced model takes them by number: it cannot know whether they are all."""
+    return x.index_select(dim, torch.arange(n, device=x.device)) if traced() else x.narrow(dim, 0, n)
+
+
+def cumulative(counts: Tensor) -> Tensor:
+    """(B + 1,) int32 of rows (B,), where each image begins, and the end."""
+    return F.pad(counts.cumsum(0), (1, 0)).int()
 
 
 def region_grid(grid: Grid, side: int) -> Grid:
     """(hc, wc), the regions of side * side cells that cover a grid of (h, w) cells."""
-    return -(-grid[0] // side), -(-grid[1] // side)
+    # Not by the floor of negative numbers: in ONNX, division of whole numbers rounds to zero.
+    return (grid[0] + side - 1) // side, (grid[1] + side - 1) // side
 
 
 def region_of_cell(grid: Grid, side: int, device=None) -> Tensor:

@@ -1,0 +1,228 @@
+"""A segmentor as one ONNX graph: image in, logits or class map out, the gate and its tokens inside.
+
+The graph is a trace of the model's own forward pass by :func:`torch.export.export`, in which batch, height, width and
+the number of each image's tokens stay open. See ``tools/export_onnx.py``.
+"""
+
+import json
+import tempfile
+from copy import deepcopy
+from pathlib import Path
+from typing import Dict, Tuple
+
+import torch
+from mmcv.transforms import Resize
+from mmengine.config import Config
+from onnxscript import opset20 as ops
+from torch import Tensor, nn
+
+from . import __version__
+from .command_line import InputError
+from .embedding import mean_weights
+from .inspection import find_msvit, looking_at, record_tokens
+from .testset import FileReader
+
+# The first whose resizing knows all that torch's does is 18, whose pooling is right at a ragged edge 19.
+OPSET = 20
+
+
+class Deployed(nn.Module):
+    """What the file computes, as a module of two tensors.
+
+    Args:
+        model: a segmentor, see :func:`looking_at`.
+        budget: whether the second input is :class:`TokenSelector`'s ``token_budget``, in the place of its threshold.
+        classes: whether the first output is a class map, in the place of logits.
+    """
+
+    def __init__(self, model: nn.Module, budget: bool, classes: bool):
+        super().__init__()
+        self.model = model
+        self.budget = budget
+        self.classes = classes
+
+    def forward(self, image: Tensor, knob: Tensor) -> Tuple[Tensor, Tensor]:
+        """(B, C, H, W) normalised, and () float32, to (B, K, H, W) or (B, H, W) uint8, and tokens (B,) int64."""
+        select = find_msvit(self.model).select
+        before = select.threshold, select.token_budget
+        select.threshold, select.token_budget = (0.5, knob) if self.budget else (knob, None)
+        try:
+            with record_tokens(self.model) as seen:
+                logits = self.model.encode_decode(image, [dict(img_shape=image.shape[2:])])
+        finally:
+            select.threshold, select.token_budget = before
+        ((tokens, _),) = seen
+        return self._class_map(logits) if self.classes else logits, tokens.active_counts()
+
+    def _class_map(self, logits: Tensor) -> Tensor:
+        if self.model.out_channels == 1:  # two classes by one logit
+            return (logits[:, 0].sigmoid() > self.model.decode_head.threshold).to(torch.uint8)
+        return logits.argmax(1).to(torch.uint8)
+
+
+class AveragePool(nn.Module):
+    """``nn.AdaptiveAvgPool2d`` by matrix products, which know their weights only when the size is known.
+
+    Args:
+        size: windows along both sides.
+    """
+
+    def __init__(self, size: Tuple[int, int]):
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = (mean_weights(cells, windows, x) for cells, windows in zip(x.shape[2:], self.size))
+        return rows @ x @ columns.T
+
+
+def export_onnx(model: nn.Module, budget: bool = False, classes: bool = False) -> torch.onnx.ONNXProgram:
+    """The graph of a segmentor, by :class:`Deployed`.
+
+    Args:
+        model: with a backbone over tokens of several scales, on the CPU in float32; it stays as it is.
+        budget: whether its second input is ``tokens``, in the place of ``threshold``.
+        classes: whether its first output is ``classes``, in the place of ``logits``.
+
+    Raises:
+        InputError: a part of the model cannot be exported; the message names it.
+    """
+    if (model.test_cfg or {}).get('mode') == 'slide':
+        raise InputError(
+            "CONFIG: wanted inference of whole images, got test_cfg of mode 'slide': the graph sees an image in one "
+            "piece. Export with model.test_cfg = dict(mode='whole')"
+        )
+    if classes and model.num_classes > 256:
+        raise InputError(f'--classes: wanted at most 256 classes, which uint8 holds, got {model.num_classes}')
+    deployed = Deployed(deepcopy(model), budget, classes).eval()
+    for module in deployed.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.AdaptiveAvgPool2d):
+                size = child.output_size
+                setattr(module, name, AveragePool(size if isinstance(size, tuple) else (size, size)))
+    backbone = find_msvit(deployed)
+    region = backbone.scales[-1]
+    # Nothing here is 1 or a whole number of regions: what holds of this image holds of others.
+    height, width = (n * region + backbone.patch_size // 2 for n in (2, 3))
+    example = torch.randn(2, backbone.in_channels, height, width), torch.tensor(20.0 if budget else 0.5)
+    some = torch.export.Dim.DYNAMIC
+    try:
+        with looking_at(deployed.model):
+            program = torch.export.export(
+                deployed,
+                example,
+                dynamic_shapes=({0: some, 2: some, 3: some}, None),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+            return torch.onnx.export(
+                program,
+                input_names=['image', 'tokens' if budget else 'threshold'],
+                output_names=['classes' if classes else 'logits', 'tokens_used'],
+                opset_version=OPSET,
+                custom_translation_table={torch.ops.aten.sort.stable: _sort},
+                dynamo=True,
+                verbose=False,
+            )
+    except Exception as error:  # whatever a part of the model does that a graph cannot
+        raise InputError(f'CONFIG: {_culprit(error, deployed.model)} cannot be exported: {_reason(error)}') from error
+
+
+def _sort(values, stable=True, dim=-1, descending=False):
+    """A stable sort, which torch.onnx lacks, in ONNX: its TopK takes of equal values the first one first."""
+    size = ops.Gather(ops.Shape(values), [dim])
+    return ops.TopK(values, size, axis=dim, largest=int(descending), sorted=1)
+
+
+def _culprit(error: BaseException, model: nn.Module) -> str:
+    """The innermost part of the model in an error's traceback, by its name and type."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found, trace = model, error.__traceback__
+    while trace is not None:
+        inside = trace.tb_frame.f_locals.get('self')
+        if isinstance(inside, nn.Module) and id(inside) in names:
+            found = inside
+        trace = trace.tb_next
+    return f'{names[id(found)] or "the model"} ({type(found).__name__})'
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:  # torch.onnx puts its advice around it
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
+    """What one needs beside the graph to run it on files, each value in JSON.
+
+    ``classes``, ``palette`` (RGB); ``mean``, ``std`` of pixels in 0-255, ``bgr_to_rgb``, whether they are for images in
+    RGB; ``size_divisor``, to whose multiple images are padded with ``pad_val`` after that; ``resize``, what the test
+    pipeline does before it; ``patch``, ``scales``, ``prefix_tokens`` (cls token and registers); ``threshold`` and
+    ``token_budget`` of the config; ``binary_threshold`` of a head with one logit for two classes; ``versions``.
+    """
+    backbone, reader, pixels = find_msvit(model), FileReader(config), model.data_preprocessor
+    channels = backbone.in_channels
+    normalised = pixels._enable_normalize
+    resize = next((t for t in reader.pipeline.transforms if isinstance(t, Resize) and t.scale), None)
+    found = dict(
+        classes=reader.dataset.metainfo['classes'],
+        palette=reader.palette,
+        mean=pixels.mean.flatten().tolist() if normalised else [0.0] * channels,
+        std=pixels.std.flatten().tolist() if normalised else [1.0] * channels,
+        bgr_to_rgb=bool(pixels.channel_conversion),
+        size_divisor=(pixels.test_cfg or {}).get('size_divisor') or 1,
+        pad_val=pixels.pad_val,
+        resize=resize and dict(scale=resize.scale, keep_ratio=resize.keep_ratio),
+        patch=backbone.patch_size,
+        scales=backbone.scales,
+        prefix_tokens=backbone.select.prefix,
+        threshold=backbone.select.threshold,
+        token_budget=backbone.select.token_budget,
+        binary_threshold=model.decode_head.threshold,
+        versions=dict(mmseg_msvit=__version__, torch=torch.__version__),
+    )
+    return {name: json.dumps(value) for name, value in found.items()}
+
+
+def save_onnx(program: torch.onnx.ONNXProgram, path: Path, notes: Dict[str, str], int8: bool = False) -> None:
+    """Writes a graph with its :func:`metadata` into a file, and beside it weights of more than 2 GB.
+
+    Args:
+        program: by :func:`export_onnx`.
+        path: of the file.
+        notes: the metadata.
+        int8: whether linear layers of the backbone's blocks get weights in int8, and activations as they come. All
+            else, the gate above all, stays in float32, and so the decision is the same.
+
+    Raises:
+        InputError: there is no such layer.
+    """
+    program.model.metadata_props.update(notes)
+    if not int8:
+        program.save(path)
+        return
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    # The quantiser makes a product and a sum of a Gemm, the product under this name; an empty list would mean all.
+    linear = [f'{n.name}_MatMul' if n.op_type == 'Gemm' else n.name for n in program.model.graph if _is_of_block(n)]
+    if not linear:
+        raise InputError("--int8: wanted linear layers in the backbone's blocks, got none")
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / 'float32.onnx'
+        program.save(whole)
+        quantize_dynamic(
+            whole,
+            path,
+            nodes_to_quantize=linear,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            reduce_range=True,  # else sums overflow, unnoticed, on processors before VNNI
+        )
+
+
+def _is_of_block(node) -> bool:
+    """Whether a node of the graph multiplies by a weight of a block."""
+    return node.op_type in ('MatMul', 'Gemm') and any(
+        value is not None and value.is_initializer() and '.backbone.layers.' in f'.{value.name}'
+        for value in node.inputs
+    )

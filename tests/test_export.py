@@ -1,0 +1,310 @@
+"""Segmentors as ONNX files: what runs them, ONNX Runtime or OpenVINO, against torch."""
+
+import json
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, SMALL, build_msvit, randomize
+from mmengine.config import Config, ConfigDict
+from mmseg.models import EncoderDecoder
+from mmseg.models.decode_heads import FCNHead
+from mmseg.registry import MODELS
+from torch import nn
+
+from mmseg_msvit.attention import attend, attend_padded
+from mmseg_msvit.command_line import InputError
+from mmseg_msvit.embedding import mean_weights
+from mmseg_msvit.inspection import record_tokens
+
+onnx = pytest.importorskip('onnx')
+onnxruntime = pytest.importorskip('onnxruntime')
+pytest.importorskip('onnxscript')
+
+from mmseg_msvit.export import AveragePool, export_onnx, save_onnx  # noqa: E402
+
+FCN = dict(type='FCNHead', in_channels=32, channels=8, num_classes=5, in_index=0, num_convs=1, norm_cfg=dict(type='BN'))
+MASK = dict(
+    type='SegmenterMaskTransformerHead', in_channels=32, channels=32, num_classes=5, num_layers=1, num_heads=2,
+    embed_dims=32, dropout_ratio=0.0,
+)  # fmt: skip
+UPER = dict(
+    type='UPerHead', in_channels=[8, 8], in_index=[0, 1], channels=8, num_classes=5, norm_cfg=dict(type='SyncBN')
+)
+NECK = dict(type='MultiLevelNeck', in_channels=[32, 32], out_channels=8, scales=[2, 0.5])
+VIT = {**SMALL, 'type': 'MSViT', 'num_layers': 2, 'out_indices': 1}
+THREE = dict(scales=(16, 32, 64), coarse_embed='resize+detail', num_register_tokens=2, interpolate_mode='bilinear')
+BEIT = {**VIT, 'type': 'MSBEiT', 'final_norm': False, 'qv_bias': True, 'init_values': 0.1}
+SEGMENTORS = {
+    'fcn': dict(backbone=VIT, decode_head=FCN),
+    'mask, three scales': dict(backbone={**VIT, **THREE}, decode_head=MASK),
+    'uper, context': dict(
+        backbone={**VIT, 'out_indices': (0, 1), 'gate': dict(type='ContextGate'), 'patch_size': 14, 'scales': (14, 28),
+                  'img_size': 56, 'interpolate_mode': 'bicubic-antialias', 'out_detail': 'residual'},
+        neck=NECK,
+        decode_head=UPER,
+    ),
+    'rotary': dict(backbone={**VIT, 'rope': 'dinov3', 'qkv_bias': 'qv', 'ffn_type': 'swiglu',
+                             'layer_scale_init_value': 0.1}, decode_head=FCN),
+    'beit': dict(backbone=BEIT, decode_head=FCN),
+}  # fmt: skip
+
+
+@lru_cache(maxsize=None)
+def segmentor(name):
+    """One whose gate says many things, with random weights."""
+    torch.manual_seed(0)
+    model = MODELS.build(ConfigDict(type='EncoderDecoder', test_cfg=dict(mode='whole'), **SEGMENTORS[name])).eval()
+    randomize(model)
+    for gate in model.backbone.gates:
+        nn.init.normal_(gate.last.weight)
+        nn.init.zeros_(gate.last.bias)
+    return model
+
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory):
+    """Call with a segmentor's name and options of the export: gives the file, made once."""
+    folder = tmp_path_factory.mktemp('onnx')
+
+    @lru_cache(maxsize=None)
+    def make(name, int8=False, **options):
+        path = folder / f'{name}-{int8}-{options}.onnx'
+        save_onnx(program(name, **options), path, dict(made='"by a test"'), int8)
+        return path
+
+    @lru_cache(maxsize=None)
+    def program(name, **options):
+        return export_onnx(segmentor(name), **options)
+
+    return make
+
+
+def session(path):
+    return onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+
+
+def in_torch(model, images, **knob):
+    """Logits and the tokens of each image, by a threshold or a token_budget."""
+    for name, value in knob.items():
+        setattr(model.backbone.select, name, value)
+    with torch.no_grad(), record_tokens(model) as seen:
+        logits = model.encode_decode(images, [dict(img_shape=images.shape[2:])])
+    return logits.numpy(), seen[0][0].active_counts().numpy()
+
+
+def in_openvino(path):
+    openvino = pytest.importorskip('openvino')
+    compiled = openvino.compile_model(str(path), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    return lambda names, inputs: list(compiled(inputs).values())
+
+
+IMAGES = [(1, 96, 128), (3, 70, 131), (2, 64, 64), (1, 20, 33)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('engine', ['onnxruntime', 'openvino'])
+@pytest.mark.parametrize('name', SEGMENTORS)
+def test_file_equals_torch(exported, name, engine):
+    if engine == 'openvino' and 'antialias' in SEGMENTORS[name]['backbone'].get('interpolate_mode', ''):
+        pytest.skip('OpenVINO 2026.4 resizes without antialiasing')
+    model, path = segmentor(name), exported(name)
+    run = session(path).run if engine == 'onnxruntime' else in_openvino(path)
+    counts = set()
+    # OpenVINO does not pool the positions of an image that is smaller than a region.
+    for shape in IMAGES if engine == 'onnxruntime' else IMAGES[:3]:
+        images = torch.randn(shape[0], 3, *shape[1:])
+        for threshold in (0.0, 0.3, 0.5, 0.8, 1.0):
+            wanted, tokens = in_torch(model, images, threshold=threshold, token_budget=None)
+            logits, used = run(None, dict(image=images.numpy(), threshold=np.array(threshold, np.float32)))
+            np.testing.assert_allclose(logits, wanted, atol=1e-4, rtol=0)
+            assert (logits.argmax(1) == wanted.argmax(1)).all()
+            assert used.tolist() == tokens.tolist() and used.dtype == np.int64
+            counts.update(tokens.tolist())
+    assert len(counts) > 10  # from all coarse to all fine, and between
+
+
+@pytest.mark.slow
+def test_batch_equals_its_rows(exported):
+    run = session(exported('fcn')).run
+    images = np.random.default_rng(0).normal(size=(3, 3, 70, 131)).astype(np.float32)
+    images[0] *= 0.1
+    knob = dict(threshold=np.array(0.5, np.float32))
+    logits, used = run(None, dict(image=images, **knob))
+    rows = [run(None, dict(image=image[None], **knob)) for image in images]
+    assert len(set(used.tolist())) > 1 and used.tolist() == [row[1][0] for row in rows]
+    np.testing.assert_allclose(logits, np.concatenate([row[0] for row in rows]), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_budget_and_classes(exported):
+    name = 'mask, three scales'
+    model, run = segmentor(name), session(exported(name, budget=True, classes=True)).run
+    images = torch.randn(3, 3, 150, 90)
+    for tokens in (9.0, 14.5, 30.0, 47.0, 100.0):
+        logits, wanted = in_torch(model, images, token_budget=tokens)
+        classes, used = run(['classes', 'tokens_used'], dict(image=images.numpy(), tokens=np.array(tokens, np.float32)))
+        assert used.tolist() == wanted.tolist() and used.mean() <= max(tokens, 9)
+        assert classes.dtype == np.uint8 and classes.shape == (3, 150, 90)
+        assert (classes == logits.argmax(1)).all()
+
+
+@pytest.mark.slow
+def test_int8_leaves_the_gate_and_its_decision_alone(exported):
+    whole, small = exported('fcn'), exported('fcn', int8=True)
+    images = np.random.default_rng(0).normal(size=(2, 3, 96, 128)).astype(np.float32)
+    for threshold in (0.2, 0.5, 0.8):
+        inputs = dict(image=images, threshold=np.array(threshold, np.float32))
+        (wanted, tokens), (logits, used) = (session(path).run(None, inputs) for path in (whole, small))
+        assert used.tolist() == tokens.tolist()
+        assert (logits != wanted).any() and (logits.argmax(1) == wanted.argmax(1)).mean() > 0.9
+    graph = onnx.load(small)
+    assert sum(node.op_type == 'MatMulInteger' for node in graph.graph.node) == 2 * 4  # q, k and v in one, of 2 blocks
+    assert {p.key: p.value for p in graph.metadata_props}['made'] == '"by a test"'
+
+
+@pytest.mark.slow
+def test_onnx_runtime_says_what_is_wrong_with_an_image(exported):
+    run, knob = session(exported('fcn')).run, dict(threshold=np.array(0.5, np.float32))
+    with pytest.raises(Exception, match='Invalid rank for input: image Got: 3 Expected: 4'):
+        run(None, dict(image=np.zeros((3, 64, 64), np.float32), **knob))
+    with pytest.raises(Exception, match=r'invalid dimensions for input: image[\s\S]*index: 1 Got: 4 Expected: 3'):
+        run(None, dict(image=np.zeros((1, 4, 64, 64), np.float32), **knob))
+    with pytest.raises(Exception, match=r'Unexpected input data type.*double.*expected.*float'):
+        run(None, dict(image=np.zeros((1, 3, 64, 64)), **knob))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['MSViT', 'MSBEiT'])
+def test_backbone_under_torch_export(kind):
+    options = {k: v for k, v in {**VIT, 'MSBEiT': BEIT}.get(kind, VIT).items() if k != 'type'}
+    model = build_msvit(type=kind, **options)
+    nn.init.normal_(model.gate.last.weight)
+    some = torch.export.Dim.DYNAMIC
+    program = torch.export.export(
+        model,
+        (torch.randn(2, 3, 70, 131),),
+        dynamic_shapes=({0: some, 2: some, 3: some},),
+        prefer_deferred_runtime_asserts_over_guards=True,
+    ).module()
+    for shape in ((1, 96, 128), (3, 70, 131), (4, 224, 65)):
+        images = torch.randn(shape[0], 3, *shape[1:])
+        torch.testing.assert_close(program(images), model(images), atol=1e-5, rtol=0)
+
+
+def test_padded_attention_equals_the_pack():
+    lengths = [5, 1, 8]
+    qkv = torch.randn(14, 3, 2, 4, dtype=torch.float64)
+    padded = torch.full((3, 8), 14)
+    for image, rows in enumerate(torch.arange(14).split(lengths)):
+        padded[image, : len(rows)] = rows
+    image = torch.repeat_interleave(torch.tensor(lengths))
+    torch.testing.assert_close(attend_padded(qkv, padded, image), attend(qkv, lengths))
+    scores = torch.randn(3, 2, 8, 8, dtype=torch.float64)
+    wanted = attend(qkv, lengths, bias=lambda i: scores[i, :, : lengths[i], : lengths[i]])
+    torch.testing.assert_close(attend_padded(qkv, padded, image, bias=lambda _: scores), wanted)
+
+
+@pytest.mark.parametrize('size', [(1, 1), (2, 3), (6, 6)])
+@pytest.mark.parametrize('shape', [(4, 5), (6, 6), (7, 13)])
+def test_pooling_by_matrices(size, shape):
+    x = torch.randn(2, 3, *shape, dtype=torch.float64)
+    torch.testing.assert_close(AveragePool(size)(x), F.adaptive_avg_pool2d(x, size))
+    assert mean_weights(28, 16, x).sum(1).tolist() == pytest.approx([1] * 16)
+
+
+class HostHead(FCNHead):
+    """One that reads a number on the host."""
+
+    def forward(self, inputs):
+        return super().forward(inputs) * float(inputs[0].mean())
+
+
+def test_what_cannot_be_exported_is_named():
+    model = EncoderDecoder(VIT, FCN, test_cfg=ConfigDict(mode='slide', crop_size=(64, 64), stride=(32, 32)))
+    with pytest.raises(InputError, match="wanted inference of whole images, got test_cfg of mode 'slide'"):
+        export_onnx(model)
+    model = EncoderDecoder(VIT, {**FCN, 'num_classes': 300}, test_cfg=ConfigDict(mode='whole'))
+    with pytest.raises(InputError, match='--classes: wanted at most 256 classes, which uint8 holds, got 300'):
+        export_onnx(model, classes=True)
+
+
+@pytest.mark.slow
+def test_a_head_that_cannot_be_exported_is_named():
+    model = EncoderDecoder(VIT, FCN, test_cfg=ConfigDict(mode='whole'))
+    model.decode_head = HostHead(**{k: v for k, v in FCN.items() if k != 'type'})
+    with pytest.raises(InputError, match=r'CONFIG: decode_head \(HostHead\) cannot be exported: .+'):
+        export_onnx(model)
+
+
+@pytest.fixture
+def bare(config, tmp_path):
+    """CONFIG and CHECKPOINT, first values."""
+    torch.save(MODELS.build(config.model).state_dict(), tmp_path / 'bare.pth')
+    config.dump(str(tmp_path / 'config.py'))
+    return str(tmp_path / 'config.py'), str(tmp_path / 'bare.pth')
+
+
+NO_TORCH = """
+import runpy, sys
+sys.modules['torch'] = None  # to import it is an error
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+@pytest.mark.slow
+def test_tools(bare, config, scenes, tool, tmp_path):
+    file = tmp_path / 'model.onnx'
+    assert tool('export_onnx.py', *bare, file) is None
+    notes = {name: json.loads(value) for name, value in session(file).get_modelmeta().custom_metadata_map.items()}
+    assert notes['classes'][0] == 'sky' and notes['palette'][0] == [120, 170, 230]
+    pixels = config.model.data_preprocessor
+    assert notes['mean'] == pytest.approx(pixels.mean) and notes['std'] == pytest.approx(pixels.std)
+    assert notes['bgr_to_rgb'] is True and notes['size_divisor'] == 1 and notes['resize'] is None
+    assert notes['patch'] == 16 and notes['scales'] == [16, 32] and notes['threshold'] == 0.5
+
+    images = tmp_path / 'images'
+    images.mkdir()
+    for path in (scenes / 'images/val').iterdir():
+        (images / path.name).write_bytes(path.read_bytes())
+    (images / 'x.png').write_bytes(b'no picture')
+
+    def run(*args):
+        command = [sys.executable, '-c', NO_TORCH, 'tools/run_onnx.py', *(str(arg) for arg in args)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    code, out, err = run(file, images, '--out', tmp_path / 'out', '--threshold', 1)
+    assert code == 1 and err.strip() == f'image: wanted a picture, got {images}/x.png, which cannot be read'
+    assert '0000.png: 37 tokens; ' in out and f'3 pictures in {tmp_path}/out' in out  # 36 cells and cls
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == [f'000{i}.png.png' for i in range(3)]
+    assert cv2.imread(str(tmp_path / 'out/0000.png.png')).shape == (96, 96, 3)
+    _, out, _ = run(file, images / '0000.png', '--out', tmp_path / 'out', '--threshold', 0)
+    assert '0000.png: 10 tokens; ' in out
+    code, _, err = run(file, images, '--tokens', 20)
+    assert code == 1 and err.strip() == '--tokens: the file has an input of threshold in its place'
+    code, _, err = run(bare[1], images)
+    assert code == 1 and err.startswith(f'MODEL.onnx: wanted an ONNX file, got {bare[1]}: ')
+    code, _, err = run(images / 'nothing.onnx', images)
+    assert code == 1 and 'which is not there' in err
+
+
+def test_errors_of_the_export_tool(bare, tool, tmp_path):
+    end = tool('export_onnx.py', *bare, tmp_path / 'no/model.onnx')
+    assert end == f'OUT.onnx: wanted a file in a folder, got {tmp_path}/no/model.onnx, whose folder is not there'
+    config = Config.fromfile(bare[0])
+    config.model.test_cfg = dict(mode='slide', crop_size=(64, 64), stride=(32, 32))
+    config.dump(str(tmp_path / 'slide.py'))
+    end = tool('export_onnx.py', tmp_path / 'slide.py', bare[1], tmp_path / 'model.onnx')
+    assert "got test_cfg of mode 'slide'" in end and not Path(tmp_path / 'model.onnx').exists()
+    config.model.backbone = dict(type='ResNetV1c', depth=18)
+    config.dump(str(tmp_path / 'resnet.py'))
+    end = tool('export_onnx.py', tmp_path / 'resnet.py', bare[1], tmp_path / 'model.onnx')
+    assert end.startswith('CONFIG: wanted a backbone of type MSViT, got ResNetV1c in ')

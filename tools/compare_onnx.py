@@ -1,0 +1,113 @@
+"""Files of tools/export_onnx.py against the model that they are of, over its test set: mIoU, agreement, time.
+
+    python tools/compare_onnx.py CONFIG CHECKPOINT MODEL.onnx INT8.onnx [--threads 2] [--limit 50]
+
+Files need logits and a threshold, which is the config's. The model in torch, the dense ViT of its blocks and the files
+take turns on each image, between mmseg's own reading and resizing, so that ratios of their times hold. Agreement is the
+share of pixels of the class that the model in torch gives them.
+"""
+
+import argparse
+import statistics
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from mmengine.dataset import pseudo_collate
+from mmengine.logging import MMLogger
+from mmseg.evaluation import IoUMetric
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from mmseg_msvit.baselines import dense_forward
+from mmseg_msvit.command_line import InputError, one_line_errors, positive
+from mmseg_msvit.testset import load_config, load_model, load_testset
+from mmseg_msvit.timing import paired_ratios, timed
+
+
+def through_file(path: Path, threshold: float, threads: int):
+    """A function of a batch, which runs it through a file."""
+    if not path.is_file():
+        raise InputError(f'MODEL.onnx: wanted a file, got {path}, which is not there')
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    names = [value.name for value in (*session.get_inputs(), *session.get_outputs())]
+    if names != ['image', 'threshold', 'logits', 'tokens_used']:
+        raise InputError(
+            f'MODEL.onnx: wanted image and threshold in, logits and tokens_used out, got {names} in {path}'
+        )
+    knob = np.array(threshold, np.float32)
+    return lambda inputs: torch.from_numpy(session.run(['logits'], dict(image=inputs.numpy(), threshold=knob))[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('config')
+    parser.add_argument('checkpoint')
+    parser.add_argument('files', nargs='+', type=Path, metavar='MODEL.onnx')
+    parser.add_argument('--threads', type=positive, default=torch.get_num_threads(), help='of torch and ONNX Runtime')
+    parser.add_argument('--limit', type=positive, help='so many images, evenly spread')
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    config = load_config(args.config)
+    dataset = load_testset(config)
+    model = load_model(config, args.checkpoint, 'cpu')
+    MMLogger.get_instance('compare', log_level='WARNING')  # else IoUMetric prints a table for each
+
+    def with_backbone(backbone, inputs):
+        features = backbone(inputs)
+        features = model.neck(features) if model.with_neck else features
+        return model.decode_head.predict(features, [dict(img_shape=inputs.shape[2:])], model.test_cfg)
+
+    functions = {
+        'torch': partial(with_backbone, model.backbone),
+        'torch, dense': partial(with_backbone, partial(dense_forward, model.backbone)),
+        **{str(path): through_file(path, model.backbone.select.threshold, args.threads) for path in args.files},
+    }
+    seconds = {name: [] for name in functions}
+    agreement = {name: [] for name in functions}
+    metrics = {name: IoUMetric(iou_metrics=['mIoU']) for name in functions}
+    for metric in metrics.values():
+        metric.dataset_meta = dataset.metainfo
+    chosen = np.linspace(0, len(dataset) - 1, min(args.limit or len(dataset), len(dataset))).round().astype(int)
+    for turn, i in enumerate(track([chosen[0], *chosen], 'images')):  # the first once more, to warm up
+        data, truth = pseudo_collate([dataset[i]]), None
+        for name, function in functions.items():
+            spent = []
+
+            def encode_decode(inputs, metas, function=function, spent=spent):
+                second, logits = timed(function, inputs, inputs.device)
+                spent.append(second)
+                return logits
+
+            model.encode_decode = encode_decode
+            with torch.no_grad():
+                (sample,) = model.test_step(deepcopy(data))
+            classes = sample.pred_sem_seg.data
+            truth = classes if truth is None else truth
+            if turn:
+                agreement[name].append((classes == truth).float().mean().item())
+                seconds[name].append(sum(spent))
+                metrics[name].process(data, [sample.to_dict()])
+
+    table = Table(title=f'{len(chosen)} images, {args.threads} threads')
+    for column in ('', 'mIoU', 'agreement', 'ms', 'x dense', '(quartiles)'):
+        table.add_column(column, justify='right' if column else 'left', no_wrap=True)
+    for name, metric in metrics.items():
+        ratio, low, high = paired_ratios(seconds[name], seconds['torch, dense'])
+        table.add_row(
+            name, f'{metric.compute_metrics(metric.results)["mIoU"]:.2f}', f'{statistics.fmean(agreement[name]):.4%}',
+            f'{1000 * statistics.median(seconds[name]):.0f}', f'{ratio:.2f}', f'{low:.2f}-{high:.2f}',
+        )  # fmt: skip
+    Console(width=130).print(table)
+
+
+if __name__ == '__main__':
+    with one_line_errors():
+        main()
