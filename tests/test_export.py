@@ -127,7 +127,8 @@ def test_file_equals_torch(exported, name, engine):
             wanted, tokens = in_torch(model, images, threshold=threshold, token_budget=None)
             logits, used = run(None, dict(image=images.numpy(), threshold=np.array(threshold, np.float32)))
             np.testing.assert_allclose(logits, wanted, atol=1e-4, rtol=0)
-            assert (logits.argmax(1) == wanted.argmax(1)).all()
+            first, second = np.sort(wanted, 1)[:, :-3:-1].swapaxes(0, 1)
+            assert (logits.argmax(1) == wanted.argmax(1))[first - second > 2e-4].all()  # else it is a tie
             assert used.tolist() == tokens.tolist() and used.dtype == np.int64
             counts.update(tokens.tolist())
     assert len(counts) > 10  # from all coarse to all fine, and between
