@@ -255,7 +255,10 @@ class ContextGate(LearnedGate):
     def macs(self, grid: Tuple[int, int]) -> int:
         places = {self.patch: 16, self.down[0]: 4}  # of a region; of all others one
         convs = [part for part in self.modules() if isinstance(part, nn.Conv2d)]
-        return grid[0] * grid[1] * (sum(places.get(c, 1) * c.weight.numel() for c in convs) + linear_weights(self))
+        each = sum(places.get(c, 1) * c.weight.numel() for c in convs) + linear_weights(self)
+        if self.region % self.PIXELS:  # reduced by two matrix products
+            each += self.in_channels * self.PIXELS * self.region * (self.region + self.PIXELS)
+        return grid[0] * grid[1] * each
 
 
 class ForcedGate(Gate):
