@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Callable, Dict, Iterator, List, Optional, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .comparison import label_areas, mean_iou, predict
 from .dense_pass import Example, Window, pixels
 from .doubt import region_doubt
 from .embedding import pad_to_regions, patchify
 from .flops import add_up
-from .gate_fitting import answers, areas_of, mean_iou, predict, threshold_within
+from .gate_fitting import answers, threshold_within
 from .tokens import Grid, region_grid
 
 # Of each window, of each coarse level, the finest first: (1, hc, wc).
@@ -157,7 +157,7 @@ def play(
     with told(model, logits):
         for example, prediction, cost in predict(model, examples, f'{chooser} {budget or ""}'):
             costs.append(cost)
-            areas.append(_areas(prediction, example, model.num_classes))
+            areas.append(label_areas(prediction, example, model.num_classes))
     total = add_up(costs)
     return Result(
         chooser,
@@ -171,7 +171,7 @@ def play(
 
 def dense(model: nn.Module, examples: Sequence[Example]) -> Result:
     """What the dense model has predicted already."""
-    areas = [_areas(example.prediction, example, model.num_classes) for example in examples]
+    areas = [label_areas(example.prediction, example, model.num_classes) for example in examples]
     return Result('dense', [model.backbone.patch_size], 1.0, None, 1.0, 1.0, 1.0, mean_iou(areas))
 
 
@@ -187,7 +187,3 @@ def smaller(model: nn.Module, examples: Sequence[Example], windows: Sequence[Win
     model.backbone.input_scale = budget**0.5
     result = play(model, examples, windows, 'smaller', score_random(model, examples, windows), 1.0)
     return replace(result, budget=budget)
-
-
-def _areas(prediction: Tensor, example: Example, classes: int) -> tuple:
-    return areas_of(prediction, torch.from_numpy(example.labels.astype(np.int64)), classes)

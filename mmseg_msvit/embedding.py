@@ -1,13 +1,13 @@
 """Pixels to tokens: patches of every scale through one projection."""
 
 from functools import reduce
-from typing import Tuple
+from typing import Iterable, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .tokens import Grid, region_grid
+from .tokens import Grid, TokenMap, region_grid
 
 
 def pad_to_regions(images: Tensor, patch: int, side: int) -> Tuple[Tensor, Grid]:
@@ -108,3 +108,53 @@ class ZeroLinear(nn.Linear):
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
+
+
+def add_detail(x: Tensor, fine: Tensor, tokens: TokenMap, level: int, embed: PatchRows, detail: CoarseDetail) -> Tensor:
+    """Adds to a level's rows of x (N, C) what its detail makes of their cells; cells beyond the grid count zero.
+
+    Args:
+        x: (N, C).
+        fine: (B, h, w, P), the patches of the cells, padding's too.
+        tokens: where the rows are.
+        level: a coarse one.
+        embed: the patch embedding.
+        detail: of the level.
+    """
+    side = detail.stride[0]
+    row = (tokens.level == level).nonzero().flatten()  # (M,)
+    place = tokens.center[row].div(side, rounding_mode='floor').long()  # (M, 2)
+    cell = torch.arange(side, device=x.device)
+    y = (place[:, :1] * side + cell)[:, :, None]  # (M, side, 1)
+    xs = (place[:, 1:] * side + cell)[:, None]  # (M, 1, side)
+    inside = ((y < tokens.grid[0]) & (xs < tokens.grid[1])).to(x.dtype)  # (M, side, side)
+    cells = embed(fine[tokens.image[row][:, None, None], y, xs])  # (M, side, side, C)
+    added = detail((cells * inside[..., None]).permute(0, 3, 1, 2)).flatten(1)  # (M, C)
+    return x.index_add(0, row, added.to(x.dtype))
+
+
+def add_out_detail(
+    outputs: Sequence, images: Tensor, tokens: TokenMap, patch: int, embed: PatchRows, details: Iterable[ZeroLinear]
+) -> tuple:
+    """Adds to each output what its detail makes of the cells that coarse tokens cover, as they weigh there.
+
+    Args:
+        outputs: grids (B, C, h, w), or [such a grid, cls].
+        images: (B, C, H, W), padded to whole regions.
+        tokens: which cover the cells.
+        patch: pixels along a cell's side.
+        embed: the patch embedding.
+        details: one for each output.
+    """
+    coarse = (tokens.level > 0)[:, None].to(images.dtype)  # (N, 1)
+    kept = F.pad(coarse, (0, 0, 0, 1))[tokens.cover].amax((0, 4)) > 0  # (B, h, w), covered by one, active or not
+    image, y, x = kept.nonzero().unbind(1)  # (M,) each
+    cells = embed(patches_at(images, patch, image, y, x))  # (M, C)
+    weight = tokens.to_grid(coarse)[image, :, y, x]  # (M, 1), 0 or 1, with the gate's gradient where it learns
+    found = []
+    for detail, output in zip(details, outputs):
+        grid, *cls = output if isinstance(output, list) else [output]
+        added = (detail(cells) * weight).to(grid.dtype)
+        grid = grid + torch.zeros_like(grid.permute(0, 2, 3, 1)).index_put((image, y, x), added).permute(0, 3, 1, 2)
+        found.append([grid, *cls] if cls else grid)
+    return tuple(found)

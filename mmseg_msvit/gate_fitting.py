@@ -7,30 +7,24 @@ a segmentor's.
 """
 
 import os
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Dict, Iterator, List, Sequence, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config, ConfigDict
-from mmengine.dataset import pseudo_collate
-from mmseg.evaluation import IoUMetric
 from mmseg.registry import MODELS
 from rich.progress import track
 from torch import Tensor, nn
 
 from .command_line import InputError
+from .comparison import areas_of, mean_iou, predict, spread
 from .dense_pass import Example, Window, pixels
 from .doubt import doubt_scale, doubt_target, region_doubt
-from .embedding import pad_to_regions
-from .flops import add_up, pass_costs
-from .gate_losses import IGNORE_INDEX
 from .gates import FixedGate
-from .inspection import record_tokens
-from .mixed_scale import MixedScale, ask
+from .mixed_scale import MixedScale
 from .selection import TokenSelector
 from .tokens import Grid
 
@@ -38,8 +32,6 @@ from .tokens import Grid
 STANDS_IN = {'VisionTransformer': 'MSViT', 'BEiT': 'MSBEiT', 'MAE': 'MSMAE'}
 STANDS_IN.update({kind: kind for kind in STANDS_IN.values()})
 GATES = dict(context='ContextGate', mlp='MLPGate')
-# Images through the fitted model, evenly spread over all, for the table.
-CHECKED = 100
 # Sizes of the images that are tried for a budget, and images by which they are judged.
 SIZES = 5
 JUDGED = 50
@@ -69,9 +61,7 @@ def dense_backbone(model: nn.Module, path: str) -> nn.Module:
 
 def answers(backbone: MixedScale, images: Tensor) -> List[Tensor]:
     """The logits (B, hc, wc) of every level's gate, the finest first, of images of any size."""
-    padded, cells = pad_to_regions(backbone.reduce(images), backbone.patch_size, backbone.sides[-1])
-    grids = [(-(-cells[0] // side), -(-cells[1] // side)) for side in backbone.sides[1:]]
-    return [ask(gate, padded, grid) for gate, grid in zip(backbone.gates, grids)]
+    return backbone.tokenize(images)[2].logits
 
 
 def _crop(model: nn.Module, examples: List[Example], windows: List[Window], rng: np.random.Generator) -> tuple:
@@ -202,7 +192,7 @@ def settle(
             continue
         truth = 0.0
         if len(sizes) > 1:
-            judges = predict(model, _spread(examples, JUDGED), f'images at {size:.0%}')
+            judges = predict(model, spread(examples, JUDGED), f'images at {size:.0%}')
             truth = mean_iou([areas_of(found, judge.prediction, model.num_classes) for judge, found, _ in judges])
         tried.append((truth, size, backbone.select.threshold, share))
     _, backbone.input_scale, backbone.select.threshold, share = max(tried)
@@ -321,58 +311,3 @@ def write(config: Config, model: nn.Module, changes: dict, metainfo: dict, out: 
         unfinished = out / f'{name}.unfinished'
         save(unfinished)
         os.replace(unfinished, out / name)
-
-
-def predict(model: nn.Module, examples: Sequence[Example], title: str) -> Iterator[Tuple[Example, Tensor, dict]]:
-    """What the converted model makes of images, in the segmentor's own inference: example, (H, W) class ids, costs."""
-    for example in track(examples, title):
-        with torch.no_grad(), record_tokens(model) as seen:
-            (sample,) = model.test_step(pseudo_collate([deepcopy(example.data)]))
-        costs = add_up([image for tokens, _ in seen for image in pass_costs(model.backbone, tokens)])
-        yield example, sample.pred_sem_seg.data[0].cpu(), costs
-
-
-def _spread(examples: Sequence[Example], limit: int) -> List[Example]:
-    """At most so many, evenly spread over all."""
-    chosen = np.linspace(0, len(examples) - 1, min(limit, len(examples))).round().astype(int)
-    return [examples[i] for i in chosen]
-
-
-def areas_of(prediction: Tensor, truth: Tensor, classes: int) -> tuple:
-    """Pixels of each class in the intersection and in the union, (K,) each."""
-    return IoUMetric.intersect_and_union(prediction.long(), truth.long(), classes, IGNORE_INDEX)[:2]
-
-
-def mean_iou(areas: Sequence[tuple]) -> float:
-    """In percent, over the classes that are there, of the areas of all images together."""
-    intersect, union = (torch.stack(area).sum(0) for area in zip(*areas))
-    return 100 * (intersect / union)[union > 0].mean().item()
-
-
-def compare(model: nn.Module, examples: List[Example]) -> List[dict]:
-    """What the dense and the converted model make of images.
-
-    Args:
-        model: the converted one, settled.
-        examples: by :func:`.dense_pass.gather`; ``CHECKED`` of them are looked at.
-
-    Returns:
-        A row for each: ``name``, and means of an image: ``tokens``, ``gmacs`` of the backbone, ``agreement`` with the
-        dense model in percent of the pixels, and ``miou`` where each image has labels, else None.
-    """
-    chosen = _spread(examples, CHECKED)
-    classes, right, costs, areas = model.num_classes, [], [], {'dense': [], 'converted': []}
-    for example, prediction, cost in predict(model, chosen, 'converted'):
-        costs.append(cost)
-        right.append((prediction == example.prediction).float().mean().item())
-        if example.labels is not None:
-            labels = torch.from_numpy(example.labels.astype(np.int64))
-            for name, found in (('dense', example.prediction), ('converted', prediction)):
-                areas[name].append(areas_of(found, labels, classes))
-
-    def row(name: str, prefix: str, agreement: float) -> dict:
-        miou = mean_iou(areas[name]) if len(areas[name]) == len(chosen) else None
-        tokens, macs = (np.mean([cost[f'{prefix}{key}'] for cost in costs]) for key in ('tokens', 'total'))
-        return dict(name=name, tokens=float(tokens), gmacs=float(macs) / 1e9, agreement=100 * agreement, miou=miou)
-
-    return [row('dense', 'dense_', 1.0), row('converted', '', float(np.mean(right)))]

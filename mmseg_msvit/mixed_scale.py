@@ -19,14 +19,24 @@ from torch.utils.checkpoint import checkpoint
 
 from .blocks import Block, Places, block_of
 from .checkpoint import ADDED, adapt, fit, misshapen, refuse
-from .embedding import CoarseDetail, PatchRows, ZeroLinear, area_mean, pad_to_regions, patches_at, patchify
+from .embedding import (
+    CoarseDetail,
+    PatchRows,
+    ZeroLinear,
+    add_detail,
+    add_out_detail,
+    area_mean,
+    pad_to_regions,
+    patchify,
+)
 from .gate_losses import GateLoss
 from .gate_slot import GateLossSlot
 from .gates import Gate
 from .positions import table_positions
 from .reading import read_checkpoint, tensors_below
-from .selection import Decision, TokenSelector, raise_not_finite
-from .tokens import Grid, PackedTokens, TokenMap, first, region_grid, remembered, traced
+from .selection import Decision, TokenSelector, candidate_number, raise_not_finite
+from .tokens import Grid, PackedTokens, TokenMap, region_grid
+from .tracing import first, traced
 
 COARSE_EMBED = ('resize', 'resize+detail')
 OUT_DETAIL = ('none', 'residual')
@@ -236,9 +246,7 @@ class MixedScale(GateLossSlot):
             self.keep_for_losses(seen, tokens, decision)
 
         x = self.embed(images, tokens)  # (N, C)
-        outputs = []
-        if self.out_origin:
-            outputs.append(self._output(len(outputs), x, tokens))
+        outputs = [self._output(0, x, tokens)] if self.out_origin else []
         whole, places = tokens, self.places(tokens)
         for i, layer in enumerate(self.layers):
             if self.with_cp and x.requires_grad:
@@ -252,7 +260,9 @@ class MixedScale(GateLossSlot):
             x, reduced = self.between(i, x, tokens)
             if reduced is not tokens:
                 tokens, places = reduced, self.places(reduced)
-        return tuple(outputs) if self.out_details is None else self._add_out_detail(outputs, images, whole)
+        if self.out_details is None:
+            return tuple(outputs)
+        return add_out_detail(outputs, images, whole, self.patch_size, self.patch_embed, self.out_details)
 
     def tokenize(self, images: Tensor) -> Tuple[Tensor, TokenMap, Optional[Decision]]:
         """Images (B, C, H, W) to the same, padded to whole regions, their tokens, and what the gates said, if any did.
@@ -302,10 +312,10 @@ class MixedScale(GateLossSlot):
             levels.append(first(first(coarse, hc, 1), wc, 2).flatten(1, 2))
         levels.append(first(first(fine, h, 1), w, 2).flatten(1, 2))
         patches = torch.cat(levels, 1)  # (B, T, P)
-        patch = self._patch(tokens)  # (N,), -1 for a prefix row
+        patch = candidate_number(tokens, self.sides)  # (N,), -1 for a prefix row
         x = self.patch_embed(patches[tokens.image, patch])  # (N, C), in prefix rows some patch's, replaced below
         for level, detail in enumerate(self.details, 1):
-            x = self._add_detail(x, fine, tokens, level, detail)
+            x = add_detail(x, fine, tokens, level, self.patch_embed, detail)
         position = self.position(tokens)  # (T + 1, C)
         if position is not None:
             x = x + position.to(x.dtype)[patch]
@@ -331,42 +341,6 @@ class MixedScale(GateLossSlot):
         """(prefix, C), the cls token with its position (1, C), and registers, which have none."""
         cls = self.cls_token[0] + position if self.with_cls_token else self.cls_token[0, :0]
         return cls if self.register_tokens is None else torch.cat((cls, self.register_tokens[0]))
-
-    def _patch(self, tokens: TokenMap) -> Tensor:
-        """(N,) int64, the number of each token among those that its image can have; -1 for a prefix row."""
-        rasters = _rasters(tokens.grid, self.sides, tokens.level.device)  # (levels, 3)
-        side, width, begin = rasters[tokens.level.clamp(min=0)].unbind(1)
-        place = tokens.center.div(side[:, None], rounding_mode='floor').long()  # (N, 2)
-        return torch.where(tokens.level < 0, -1, begin + place[:, 0] * width + place[:, 1])
-
-    def _add_detail(self, x: Tensor, fine: Tensor, tokens: TokenMap, level: int, detail: CoarseDetail) -> Tensor:
-        """Adds to a level's rows of x the convolution of their cells' embeddings; cells beyond the grid count zero."""
-        side = self.sides[level]
-        row = (tokens.level == level).nonzero().flatten()  # (M,)
-        place = tokens.center[row].div(side, rounding_mode='floor').long()  # (M, 2)
-        cell = torch.arange(side, device=x.device)
-        y = (place[:, :1] * side + cell)[:, :, None]  # (M, side, 1)
-        xs = (place[:, 1:] * side + cell)[:, None]  # (M, 1, side)
-        inside = ((y < tokens.grid[0]) & (xs < tokens.grid[1])).to(x.dtype)  # (M, side, side)
-        cells = self.patch_embed(fine[tokens.image[row][:, None, None], y, xs])  # (M, side, side, C)
-        added = detail((cells * inside[..., None]).permute(0, 3, 1, 2)).flatten(1)  # (M, C)
-        return x.index_add(0, row, added.to(x.dtype))
-
-    def _add_out_detail(self, outputs: list, images: Tensor, tokens: TokenMap) -> tuple:
-        """Adds to each output what its projection makes of the cells that coarse tokens cover, as they weigh there."""
-        coarse = (tokens.level > 0)[:, None].to(images.dtype)  # (N, 1)
-        kept = F.pad(coarse, (0, 0, 0, 1))[tokens.cover].amax((0, 4)) > 0  # (B, h, w), covered by one, active or not
-        image, y, x = kept.nonzero().unbind(1)  # (M,) each
-        cells = self.patch_embed(patches_at(images, self.patch_size, image, y, x))  # (M, C)
-        weight = tokens.to_grid(coarse)[image, :, y, x]  # (M, 1), 0 or 1, with the gate's gradient where it learns
-        found = []
-        for project, output in zip(self.out_details, outputs):
-            grid = output[0] if self.output_cls_token else output
-            added = project(cells) * weight
-            detail = torch.zeros_like(grid.permute(0, 2, 3, 1)).index_put((image, y, x), added.to(grid.dtype))
-            grid = grid + detail.permute(0, 3, 1, 2)
-            found.append([grid, output[1]] if self.output_cls_token else grid)
-        return tuple(found)
 
     def macs(self, tokens: TokenMap) -> List[Dict[str, int]]:
         """Multiply-accumulates of each image at test time: ``gate``, ``embedding`` (with details) and ``encoder``.
@@ -425,17 +399,6 @@ def ask(gate: Gate, images: Tensor, grid: Grid, left: Optional[Tensor] = None) -
     """A gate's logits (B, hc, wc); finer regions of padding alone, which the coarsest ones bring, are cut off."""
     height, width = (regions * gate.region for regions in grid)
     return gate(first(first(images, height, 2), width, 3), grid, left)
-
-
-@remembered
-def _rasters(grid: Grid, sides: Tuple[int, ...], device: torch.device) -> Tensor:
-    """(levels, 3) int64: a token's side, tokens in a row, and the first one's number, coarsest level first."""
-    rows, begin = [], 0
-    for side in reversed(sides):
-        hc, wc = region_grid(grid, side)
-        rows.append((side, wc, begin))
-        begin += hc * wc
-    return torch.tensor(rows[::-1], device=device)
 
 
 def _check_scales(scales: Sequence[int], patch_size: int) -> Tuple[int, ...]:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tokens import Grid, TokenMap, traced
+from .tokens import Grid, TokenMap
+from .tracing import traced
 
 # The table's own modes, and bicubic with antialiasing, as DINOv2 with registers and timm resample.
 ANTIALIAS = '-antialias'

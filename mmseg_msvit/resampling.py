@@ -12,7 +12,8 @@ from scipy.interpolate import RectBivariateSpline
 from torch import Tensor
 
 from .positions import resample_table
-from .tokens import Grid, traced
+from .tokens import Grid
+from .tracing import traced
 
 
 def resample_grid(parameter: Tensor, grid: Grid) -> Tensor:

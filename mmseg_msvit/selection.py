@@ -14,7 +14,8 @@ import torch
 from mmengine.logging import MessageHub
 from torch import Tensor, nn
 
-from .tokens import Grid, TokenMap, cumulative, over_cells, region_grid, region_of_cell, remembered, traced
+from .tokens import Grid, TokenMap, cumulative, over_cells, region_grid, region_of_cell
+from .tracing import remembered, traced
 
 TRAIN_TOKENS = ('active', 'trimmed', 'all')
 
@@ -65,6 +66,25 @@ def candidates(grid: Grid, sides: Tuple[int, ...], prefix: int, device: torch.de
         sizes.append((height[:, None] * width).flatten().float())
         levels.append(torch.full((centers[-1].shape[0],), level))
     return tuple(torch.cat(parts).to(device) for parts in (levels, centers, sizes))
+
+
+def candidate_number(tokens: TokenMap, sides: Tuple[int, ...]) -> Tensor:
+    """(N,) int64, the number of each token among the candidates of its image after the prefix; -1 for a prefix row."""
+    rasters = _rasters(tokens.grid, sides, tokens.level.device)  # (levels, 3)
+    side, width, begin = rasters[tokens.level.clamp(min=0)].unbind(1)
+    place = tokens.center.div(side[:, None], rounding_mode='floor').long()  # (N, 2)
+    return torch.where(tokens.level < 0, -1, begin + place[:, 0] * width + place[:, 1])
+
+
+@remembered
+def _rasters(grid: Grid, sides: Tuple[int, ...], device: torch.device) -> Tensor:
+    """(levels, 3) int64, the finest level first: a token's side, tokens in a row, and the first one's number."""
+    rows, begin = [], 0
+    for side in reversed(sides):
+        hc, wc = region_grid(grid, side)
+        rows.append((side, wc, begin))
+        begin += hc * wc
+    return torch.tensor(rows[::-1], device=device)
 
 
 class TokenSelector(nn.Module):

@@ -17,9 +17,10 @@ from mmengine.registry import init_default_scope
 from mmseg.apis import inference_model, init_model
 from mmseg.registry import MODELS
 
+from mmseg_msvit.comparison import areas_of, mean_iou, predict
 from mmseg_msvit.dense_pass import gather
 from mmseg_msvit.doubt import class_shares, region_doubt
-from mmseg_msvit.gate_fitting import areas_of, convert, find_threshold, mean_iou, predict, settle
+from mmseg_msvit.gate_fitting import convert, find_threshold, settle
 from mmseg_msvit.inspection import record_tokens
 from mmseg_msvit.testset import FileReader, load_config, load_model
 from mmseg_msvit.toy_scenes import scene

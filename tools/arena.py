@@ -73,26 +73,24 @@ class Contest:
 
     def run(self) -> None:
         """Measures what has not been measured yet."""
-        if not self._known('dense', None, None):
+        if not self._known(chooser='dense'):
             self._add(dense(self.model, self.gathered('test')[0]))
+        for budget in self.args.budgets:
+            if not self._known(chooser='smaller', budget=budget):
+                model, _ = self._model('smaller', self.args.scales[0])
+                self._add(smaller(model, *self.gathered('test'), budget))
+        choices = [
+            (b, s, c) for b in self.args.budgets for s in self.args.sizes for c in self.args.choosers if b < s * s
+        ]
         for scales in self.args.scales:
-            for budget in self.args.budgets:
-                if scales == self.args.scales[0] and not self._known('smaller', scales, budget):
-                    self._add(smaller(self._model('smaller', scales)[0], *self.gathered('test'), budget))
-            runs = [(1.0, 'coarse', None)]
-            runs += [
-                (s, c, b) for b in self.args.budgets for s in self.args.sizes for c in self.args.choosers if b < s * s
-            ]
-            for size, chooser, budget in runs:
-                if not self._known(chooser, scales, budget, size):
+            for budget, size, chooser in [(None, 1.0, 'coarse'), *choices]:
+                if not self._known(chooser=chooser, scales=list(scales), size=size, budget=budget):
                     model, score = self._model(chooser, scales)
                     model.backbone.input_scale = size
                     examples, windows = self.gathered('test')
                     self._add(play(model, examples, windows, chooser, score(model, examples, windows), budget))
 
-    def _known(self, chooser, scales, budget, size=None) -> bool:
-        wanted = dict(chooser=chooser, budget=budget)
-        wanted.update({} if scales is None else {'scales': list(scales)}, **({} if size is None else {'size': size}))
+    def _known(self, **wanted) -> bool:
         return any(all(result[key] == value for key, value in wanted.items()) for result in self.results)
 
     def _add(self, result) -> None:

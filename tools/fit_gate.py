@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mmseg_msvit.command_line import InputError, one_line_errors, positive
+from mmseg_msvit.comparison import compare
 from mmseg_msvit.dense_pass import TARGETS, find_images, gather
-from mmseg_msvit.gate_fitting import GATES, compare, convert, dense_backbone, fit, settle, write
+from mmseg_msvit.gate_fitting import GATES, convert, dense_backbone, fit, settle, write
 from mmseg_msvit.testset import FileReader, load_config, load_model
 from mmseg_msvit.visualization import draw_image
 

@@ -1,0 +1,28 @@
+"""What a model does otherwise while ``torch.export`` or ``torch.compile`` looks: it knows no size and no number."""
+
+from functools import lru_cache, wraps
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+
+def traced() -> bool:
+    """Whether ``torch.export`` or ``torch.compile`` is looking, to whom sizes and numbers of tokens are symbols."""
+    return torch.compiler.is_compiling()
+
+
+def remembered(function: Callable) -> Callable:
+    """``lru_cache`` of a function of sizes; not in a traced model, whose symbols have no hash."""
+    cached = lru_cache(maxsize=64)(function)
+
+    @wraps(function)
+    def call(*args):
+        return function(*args) if traced() else cached(*args)
+
+    return call
+
+
+def first(x: Tensor, n: int, dim: int) -> Tensor:
+    """The first n along a dimension. A traced model takes them by number: it cannot know whether they are all."""
+    return x.index_select(dim, torch.arange(n, device=x.device)) if traced() else x.narrow(dim, 0, n)
