@@ -13,6 +13,7 @@ from typing import Dict, Tuple
 import torch
 from mmcv.transforms import Resize
 from mmengine.config import Config
+from mmseg.datasets.transforms import ResizeToMultiple
 from onnxscript import opset20 as ops
 from torch import Tensor, nn
 
@@ -162,8 +163,13 @@ def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
     """
     backbone, reader, pixels = find_msvit(model), FileReader(config), model.data_preprocessor
     channels = backbone.in_channels
-    normalised = pixels._enable_normalize
-    resize = next((t for t in reader.pipeline.transforms if isinstance(t, Resize) and t.scale), None)
+    normalised = hasattr(pixels, 'mean')
+    resize = []
+    for step in reader.pipeline.transforms:
+        if isinstance(step, Resize) and step.scale:
+            resize.append(dict(scale=step.scale, keep_ratio=step.keep_ratio))
+        elif isinstance(step, ResizeToMultiple):
+            resize.append(dict(multiple=step.size_divisor))
     found = dict(
         classes=reader.dataset.metainfo['classes'],
         palette=reader.palette,
@@ -172,7 +178,7 @@ def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
         bgr_to_rgb=bool(pixels.channel_conversion),
         size_divisor=(pixels.test_cfg or {}).get('size_divisor') or 1,
         pad_val=pixels.pad_val,
-        resize=resize and dict(scale=resize.scale, keep_ratio=resize.keep_ratio),
+        resize=resize,
         patch=backbone.patch_size,
         scales=backbone.scales,
         prefix_tokens=backbone.select.prefix,

@@ -82,7 +82,6 @@ def test_the_dense_twin_of_dinov2_differs_by_its_gate(name):
     # what a linear probe of DINOv2 falls short without
     assert ours.backbone.final_norm and ours.backbone.norm_cfg.eps == 1e-6 and ours.data_preprocessor.bgr_to_rgb
     assert ours.data_preprocessor.mean == [123.675, 116.28, 103.53] and ours.backbone.img_size == 518
-    assert ours.data_preprocessor.test_cfg.size_divisor == ours.backbone.patch_size
 
 
 def real(config, split, root):
@@ -107,6 +106,13 @@ def test_camvid_images(shared):
     losses = model.train()(**batch, mode='loss')
     losses.update(find_msvit(model).pop_gate_losses(batch['data_samples']))
     assert all(value.isfinite().all() for value in losses.values())
+
+
+def test_dinov2_sees_whole_patches_of_camvid(shared):
+    config = load('configs/dinov2/segmenter_dinov2-s14_fcn_1xb4-600_camvid-252x252.py')
+    sample = real(config, 'test', shared('data/camvid'))[0]
+    assert sample['inputs'].shape[1:] == (364, 490) and sample['data_samples'].ori_shape == (360, 480)
+    assert sample['data_samples'].gt_sem_seg.shape == (360, 480)
 
 
 def test_camvid_folder_by_environment(monkeypatch):

@@ -1,6 +1,7 @@
 """Segmentors as ONNX files: what runs them, ONNX Runtime or OpenVINO, against torch."""
 
 import json
+import runpy
 import subprocess
 import sys
 from functools import lru_cache
@@ -22,12 +23,13 @@ from mmseg_msvit.attention import attend, attend_padded
 from mmseg_msvit.command_line import InputError
 from mmseg_msvit.embedding import mean_weights
 from mmseg_msvit.inspection import record_tokens
+from mmseg_msvit.testset import FileReader
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
 
-from mmseg_msvit.export import AveragePool, export_onnx, save_onnx  # noqa: E402
+from mmseg_msvit.export import AveragePool, export_onnx, metadata, save_onnx  # noqa: E402
 
 FCN = dict(type='FCNHead', in_channels=32, channels=8, num_classes=5, in_index=0, num_convs=1, norm_cfg=dict(type='BN'))
 MASK = dict(
@@ -271,7 +273,7 @@ def test_tools(bare, config, scenes, tool, tmp_path):
     assert notes['classes'][0] == 'sky' and notes['palette'][0] == [120, 170, 230]
     pixels = config.model.data_preprocessor
     assert notes['mean'] == pytest.approx(pixels.mean) and notes['std'] == pytest.approx(pixels.std)
-    assert notes['bgr_to_rgb'] is True and notes['size_divisor'] == 1 and notes['resize'] is None
+    assert notes['bgr_to_rgb'] is True and notes['size_divisor'] == 1 and notes['resize'] == []
     assert notes['patch'] == 16 and notes['scales'] == [16, 32] and notes['threshold'] == 0.5
 
     images = tmp_path / 'images'
@@ -298,6 +300,28 @@ def test_tools(bare, config, scenes, tool, tmp_path):
     assert code == 1 and err.startswith(f'MODEL.onnx: wanted an ONNX file, got {bare[1]}: ')
     code, _, err = run(images / 'nothing.onnx', images)
     assert code == 1 and 'which is not there' in err
+
+
+@pytest.mark.parametrize('steps', [
+    [],
+    [dict(type='Resize', scale=(200, 100), keep_ratio=True)],
+    [dict(type='Resize', scale=(70, 90))],
+    [dict(type='Resize', scale=(200, 77), keep_ratio=True), dict(type='ResizeToMultiple', size_divisor=32)],
+])  # fmt: skip
+def test_files_are_read_as_the_config_says(steps, config, scenes):
+    picture = cv2.imread(str(next((scenes / 'images/val').iterdir())))[:80]  # 80 x 96
+    config.model.data_preprocessor.test_cfg = dict(size_divisor=20)
+    config.test_dataloader.dataset.pipeline[1:1] = steps
+    model = MODELS.build(config.model)
+    cv2.imwrite(str(scenes.parent / 'picture.png'), picture)
+    data, _ = FileReader(config).read(scenes.parent / 'picture.png')
+    batch = dict(inputs=[data['inputs']], data_samples=[data['data_samples']])
+    wanted = model.data_preprocessor(batch, training=False)['inputs']
+    prepare = runpy.run_path(str(ROOT / 'tools/run_onnx.py'))['prepare']
+    notes = {name: json.loads(value) for name, value in metadata(model, config).items()}
+    found, size = prepare(picture, notes)
+    assert size == tuple(data['inputs'].shape[1:])
+    np.testing.assert_allclose(found, wanted.numpy(), atol=1e-5)
 
 
 def test_errors_of_the_export_tool(bare, tool, tmp_path):

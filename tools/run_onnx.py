@@ -52,13 +52,16 @@ def choose_knob(session, notes, threshold, tokens):
 
 def prepare(picture, notes):
     """(H, W, 3) uint8 BGR to (1, 3, H', W') as the model wants it, and the size without padding."""
-    resize = notes['resize']
-    if resize:
-        width, height = resize['scale']
-        if resize['keep_ratio']:
-            long, short = max(picture.shape[:2]), min(picture.shape[:2])
-            factor = min(max(width, height) / long, min(width, height) / short)
-            height, width = (int(n * factor + 0.5) for n in picture.shape[:2])
+    for step in notes['resize']:
+        height, width = picture.shape[:2]
+        if 'multiple' in step:
+            height, width = (-(-n // step['multiple']) * step['multiple'] for n in (height, width))
+        elif step['keep_ratio']:
+            long, short = max(step['scale']), min(step['scale'])
+            factor = min(long / max(height, width), short / min(height, width))
+            height, width = (int(n * factor + 0.5) for n in (height, width))
+        else:
+            width, height = step['scale']
         picture = cv2.resize(picture, (width, height), interpolation=cv2.INTER_LINEAR)
     size = picture.shape[:2]
     pixels = picture[..., ::-1] if notes['bgr_to_rgb'] else picture

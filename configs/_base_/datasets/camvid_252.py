@@ -1,4 +1,4 @@
-# CamVid in crops of 18 x 18 patches of 14 pixels.
+# CamVid in crops of 18 x 18 patches of 14 pixels; whole images are stretched to whole patches, 490 x 364.
 _base_ = './camvid.py'
 crop_size = (252, 252)
 train_pipeline = [
@@ -10,4 +10,13 @@ train_pipeline = [
     dict(type='PhotoMetricDistortion'),
     dict(type='PackSegInputs'),
 ]
+# mmseg stretches the grid of patches over the image: with a patch that is only partly there all labels shift a little.
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='ResizeToMultiple', size_divisor=14),
+    dict(type='LoadAnnotations'),
+    dict(type='PackSegInputs'),
+]
 train_dataloader = dict(batch_size=4, dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+test_dataloader = dict(dataset=dict(pipeline=test_pipeline))

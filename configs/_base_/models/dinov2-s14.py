@@ -10,8 +10,6 @@ model = dict(
         bgr_to_rgb=True,
         pad_val=0,
         seg_pad_val=255,
-        # mmseg stretches the grid of cells over the image: without whole cells at test time all is a little off.
-        test_cfg=dict(size_divisor=14),
     ),
     backbone=dict(
         type='MSViT',
