@@ -36,6 +36,7 @@ class Gate(BaseModule):
         embed_dims: the backbone's width.
         temperature: T of m = sigmoid((logit + logistic noise) / T) in training; chosen here, no source gives it.
         threshold: a region is coarse at test time iff sigmoid(logit) > threshold.
+        init_cfg: mmengine's, of first weights.
     """
 
     def __init__(

@@ -91,6 +91,11 @@ class TokenMetric(BaseMetric):
     Results, for ``tokens`` (cls token included) and ``encoder_gmacs`` (the blocks alone, as the paper counts):
     ``_mean``, ``_p5``, ``_p50``, ``_p95``, and ``_of_dense``, the sum over the sum of the dense ViT's in percent; the
     same for ``head_gmacs`` of a head on tokens. And ``backbone_gmacs_of_dense`` with gate and embedding.
+
+    Args:
+        collect_device: where results of several ranks are gathered, as for every metric of mmengine.
+        prefix: of the results' names; None for ``msvit``.
+        collect_dir: for ``collect_device='cpu'``.
     """
 
     default_prefix = 'msvit'

@@ -72,6 +72,10 @@ class TokenLinearHead(TokenHead, FCNHead):
 
     Equal to it, in training too: what cells share is classified once. Takes its arguments.
 
+    Args:
+        num_convs: 0, for mmseg's default is another.
+        concat_input: False, likewise.
+
     Raises:
         ValueError: there are convolutions, which see more than one token.
     """

@@ -8,4 +8,6 @@ bash tools/setup_env.sh
 source .venv/bin/activate
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+# One process for each core, so each keeps to one thread.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal "$@"
