@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import PixelData
@@ -47,6 +47,13 @@ def shared():
         return path
 
     return find
+
+
+def tiny_segmentor(head=None, **backbone):
+    """Config of a small segmentor: an MSViT, unless another type is given, and a linear head on its last output."""
+    head = {'type': 'FCNHead', 'in_channels': 32, 'channels': 8, 'num_classes': 4, 'in_index': -1, **(head or {})}
+    backbone = {'type': 'MSViT', **SMALL, **backbone}
+    return ConfigDict(type='EncoderDecoder', backbone=backbone, decode_head=head, test_cfg=dict(mode='whole'))
 
 
 def build_msvit(**kwargs):

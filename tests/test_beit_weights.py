@@ -4,8 +4,8 @@ import mmseg.models.backbones.beit as mmseg_beit
 import pytest
 import timm
 import torch
-from conftest import randomize
-from mmengine.config import Config, ConfigDict
+from conftest import randomize, tiny_segmentor
+from mmengine.config import Config
 from mmengine.runner import Runner, load_checkpoint
 from mmseg.models.backbones import MAE, BEiT
 from mmseg.registry import MODELS
@@ -62,17 +62,14 @@ def test_mmsegs_own(family, kind, how, tmp_path):
     options = dict(SMALL, img_size=(64, 96), final_norm=True)
     source = dense = random(FAMILIES[family](**options))
     if kind == 'segmentor':
-        source = MODELS.build(
-            dict(type='EncoderDecoder', backbone=dict(type=family, **options), decode_head=HEAD),
-        )
+        source = MODELS.build(tiny_segmentor(type=family, **options))
         dense = random(source).backbone
     path = str(save({'state_dict': source.state_dict()}, tmp_path / 'a.pth'))
     if how == 'init_cfg':
         model = build(family, path, **options)
     else:
         fine = dict(type='FixedGate', coarse=False)
-        backbone = ConfigDict(type=f'MS{family}', gate=fine, **options)
-        config = dict(type='EncoderDecoder', backbone=backbone, decode_head=HEAD)
+        config = tiny_segmentor(type=f'MS{family}', gate=fine, **options)
         if how == 'load_from':
             hooks = [dict(type='ViTWeightsHook')]
             name = dict(work_dir=str(tmp_path), experiment_name=tmp_path.name)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, randomize
+from conftest import ROOT, randomize, tiny_segmentor
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import Runner, load_checkpoint
@@ -210,9 +210,7 @@ def test_mmseg(kind, images, tmp_path):
             head.update(in_channels=[32] * 3, in_index=[0, 1, 2])
         else:
             head.update(num_layers=1, num_heads=2, embed_dims=32)  # its layers have the names of a ViT's
-        source = MODELS.build(
-            dict(type='EncoderDecoder', backbone=dict(type='VisionTransformer', **options), decode_head=head)
-        )
+        source = MODELS.build(tiny_segmentor(head, type='VisionTransformer', **options))
         dense = source.backbone
     randomize(source)
     dense.eval()

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import randomize
+from conftest import randomize, tiny_segmentor
 from mmseg.registry import MODELS
 from safetensors.torch import load_file
 from timm.models.eva import checkpoint_filter_fn as read_dinov3
@@ -273,9 +273,7 @@ def test_weights_are_there_after_all_is_initialised(tmp_path):
     """A segmentor's initialisation, which a runner asks for on every rank, comes after and leaves them."""
     source = timm_dinov2('mlp', 4)
     init = dict(type='Pretrained', checkpoint=str(save(source.state_dict(), tmp_path / 'a.pth')))
-    backbone = dict(type='MSViT', img_size=70, init_cfg=init, num_register_tokens=4, **TINY, **V2)
-    head = dict(type='FCNHead', in_channels=32, channels=8, num_classes=5, in_index=0)
-    model = MODELS.build(dict(type='EncoderDecoder', backbone=backbone, decode_head=head))
+    model = MODELS.build(tiny_segmentor(img_size=70, init_cfg=init, num_register_tokens=4, **TINY, **V2))
     model.init_weights()
     check(model.backbone.eval(), of_timm(source), SIZES[14][:1])
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import ROOT, build_runner, randomize
+from conftest import ROOT, build_runner, randomize, tiny_segmentor
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
@@ -187,10 +187,7 @@ def test_a_little_of_the_size_and_a_little_of_the_tokens(folder, fit, tmp_path, 
 def test_any_plain_vit_is_taken_over_and_is_itself_where_the_gate_says_fine(backbone):
     backbone = dict(img_size=(64, 96), patch_size=16, embed_dims=32, num_layers=2, num_heads=2, **backbone)
     backbone.setdefault('out_indices', (1,))
-    head = dict(
-        type='FCNHead', in_channels=32, channels=32, num_convs=0, concat_input=False, num_classes=4, in_index=-1
-    )
-    config = Config(dict(model=dict(type='EncoderDecoder', backbone=backbone, decode_head=head, test_cfg=dict())))
+    config = Config(dict(model=tiny_segmentor(dict(channels=32, num_convs=0, concat_input=False), **backbone)))
     dense = MODELS.build(config.model)
     dense.init_weights()
     randomize(dense)

@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 import torch
 import torch.distributed as dist
-from conftest import build_msvit, sample
+from conftest import build_msvit, sample, tiny_segmentor
 from mmengine.config import Config
 from mmengine.model import ExponentialMovingAverage, StochasticWeightAverage, revert_sync_batchnorm
 from mmseg.registry import MODELS
@@ -293,10 +293,9 @@ def test_the_scale_of_doubts_puts_the_wanted_share_above_one_half(share):
 @pytest.fixture
 def teacher(tmp_path):
     """A dense segmentor, and the argument that names it."""
-    backbone = dict(type='VisionTransformer', img_size=64, embed_dims=32, num_layers=2, num_heads=2, out_indices=1)
-    head = dict(type='FCNHead', in_channels=32, channels=32, num_convs=0, concat_input=False, num_classes=4, in_index=0)
+    head = dict(channels=32, num_convs=0, concat_input=False)
     head.update(norm_cfg=dict(type='SyncBN'), loss_decode=dict(type='CrossEntropyLoss'))
-    config = Config(dict(model=dict(type='EncoderDecoder', backbone=backbone, decode_head=head)))
+    config = Config(dict(model=tiny_segmentor(head, type='VisionTransformer')))
     model = MODELS.build(config.model)
     torch.nn.init.normal_(model.decode_head.conv_seg.weight, std=0.5)
     torch.save(model.state_dict(), tmp_path / 'dense.pth')

@@ -20,13 +20,6 @@ def images(b=2, grid=(4, 4)):
     return torch.randn(b, 3, 8 * grid[0], 8 * grid[1])
 
 
-@pytest.mark.parametrize('kind', ['MLPGate', 'ContextGate', 'FixedGate', 'RandomGate', 'VarianceGate'])
-@pytest.mark.parametrize('grid', [(4, 4), (3, 5), (1, 1)])
-def test_one_interface(kind, grid):
-    logits = build(kind)(images(grid=grid), grid)
-    assert logits.shape == (2, *grid) and logits.dtype == torch.float32 and logits.isfinite().all()
-
-
 @pytest.mark.parametrize('init', [0.9, 0.5, 0.01])
 @pytest.mark.parametrize('kind', LEARNED)
 def test_learned_gate_starts_at_init_coarse(kind, init):

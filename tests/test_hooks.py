@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, sample
+from conftest import SMALL, sample, tiny_segmentor
 from mmengine.config import ConfigDict
 from mmseg.registry import HOOKS, METRICS, MODELS
 
@@ -13,14 +13,7 @@ from mmseg_msvit.mixed_scale import MixedScale
 
 
 def segmentor(**backbone):
-    return MODELS.build(
-        dict(
-            type='EncoderDecoder',
-            backbone={'type': 'MSViT', 'gate_loss': [dict(type='PurityLoss', loss_weight=2.0)], **backbone, **SMALL},
-            decode_head=dict(type='FCNHead', in_channels=32, channels=8, num_classes=4, num_convs=1, in_index=1),
-            test_cfg=dict(mode='whole'),
-        )
-    )
+    return MODELS.build(tiny_segmentor(**{'gate_loss': [dict(type='PurityLoss', loss_weight=2.0)], **backbone}))
 
 
 def batch():

@@ -5,7 +5,7 @@ import gc
 import numpy as np
 import pytest
 import torch
-from conftest import build_msvit, build_runner, force_logits
+from conftest import build_msvit, build_runner, force_logits, tiny_segmentor
 from mmengine.config import ConfigDict
 from mmseg.registry import METRICS, MODELS
 
@@ -101,11 +101,8 @@ SLIDE = dict(mode='slide', crop_size=(64, 64), stride=(32, 32))
 @torch.no_grad()
 @pytest.mark.parametrize('test_cfg, tokens', [(dict(mode='whole'), 3 * 4 + 1), (SLIDE, 2 * 3 * 5)])
 def test_slide_inference(test_cfg, tokens):
-    head = dict(type='FCNHead', in_channels=32, channels=8, num_classes=5, in_index=0)
-    shape = dict(img_size=64, embed_dims=32, num_layers=2, num_heads=2)
-    backbone = dict(type='MSViT', gate=dict(type='FixedGate', coarse=True), **shape)
-    segmentor = dict(type='EncoderDecoder', backbone=backbone, decode_head=head, test_cfg=test_cfg)
-    model = MODELS.build(ConfigDict(segmentor)).eval()
+    segmentor = tiny_segmentor(gate=dict(type='FixedGate', coarse=True))
+    model = MODELS.build(ConfigDict(segmentor, test_cfg=test_cfg)).eval()
     counter = metric()
     model(torch.randn(1, 3, 96, 128), mode='predict')
     counter.process({}, [{}])

@@ -1,18 +1,12 @@
 import pytest
-from conftest import SMALL
+from conftest import tiny_segmentor
 from mmengine.config import ConfigDict
 from mmengine.optim import build_optim_wrapper
 from mmseg.registry import MODELS
 
 
 def groups(backbone=None, **options):
-    model = MODELS.build(
-        dict(
-            type='EncoderDecoder',
-            backbone=dict(type='MSViT', coarse_embed='resize+detail', **SMALL, **(backbone or {})),
-            decode_head=dict(type='FCNHead', in_channels=32, channels=8, num_classes=4, num_convs=1, in_index=1),
-        )
-    )
+    model = MODELS.build(tiny_segmentor(coarse_embed='resize+detail', **(backbone or {})))
     wrapper = build_optim_wrapper(
         model,
         ConfigDict(
