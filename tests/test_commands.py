@@ -1,0 +1,61 @@
+"""The commands of README and docs: each is one that its tool takes, and what needs no download runs as it stands."""
+
+import argparse
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+PAGES = [ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'configs/msvit/README.md')]
+PAGES += sorted((ROOT / 'docs').glob('*.md'))
+BLOCKS = [block for page in PAGES for block in re.findall(r'```bash\n(.*?)```', page.read_text(), re.DOTALL)]
+LINES = [line for block in BLOCKS for line in block.replace('\\\n', ' ').splitlines()]
+WORDS = [shlex.split(line, comments=True) for line in LINES]
+OF_TOOLS = sorted({tuple(words[1:]) for words in WORDS if words[:1] == ['python'] and words[1].startswith('tools/')})
+# A server, and what takes minutes: they have tests of their own.
+ELSEWHERE = ('demo.py', 'fit_gate.py')
+
+
+class Taken(Exception):
+    """A tool has understood its arguments."""
+
+
+@pytest.mark.parametrize('words', OF_TOOLS, ids=' '.join)
+def test_a_tool_takes_its_command(words, tool, monkeypatch):
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def stop(self, *args):
+        parse_args(self, *args)
+        raise Taken
+
+    monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', stop)
+    with pytest.raises(Taken):
+        tool(words[0].removeprefix('tools/'), *words[1:])
+
+
+def test_scripts_and_configs_that_commands_name_are_there():
+    named = {word for words in WORDS for word in words if re.fullmatch(r'(tools|configs|tests)/[\w/.-]+', word)}
+    assert len(named) > 15 and not [name for name in named if not (ROOT / name).exists()]
+
+
+@pytest.mark.slow
+def test_what_a_reader_does_with_a_trained_model(config, checkpoint, scenes, tool, tmp_path, monkeypatch):
+    pytest.importorskip('onnxscript')
+    config.dump(str(tmp_path / 'config.py'))
+    images = tmp_path / 'photos'
+    images.mkdir()
+    for path in (scenes / 'images/val').iterdir():
+        (images / path.name).write_bytes(path.read_bytes())
+    mine = {'CONFIG': tmp_path / 'config.py', 'CHECKPOINT': checkpoint, 'IMAGES': images}
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for words in OF_TOOLS:  # sorted, so that a file is exported before it runs
+        given = [re.sub(r'(?<!\$)\b(CONFIG|CHECKPOINT|IMAGES)\b', lambda m: str(mine[m[0]]), word) for word in words]
+        name = words[0].removeprefix('tools/')
+        if given != list(words) and name not in ELSEWHERE:
+            assert tool(name, *given[1:]) is None, words
+            ran.append(name)
+    assert ran == ['analyze_gate.py', 'export_onnx.py', 'get_flops.py', 'run_onnx.py', 'show_tokens.py', 'tradeoff.py']
+    made = {path.name for path in tmp_path.iterdir()}
+    assert {'gate.html', 'gate.json', 'model.onnx', 'pictures', 'tradeoff'} <= made
