@@ -85,7 +85,7 @@ def _attend_biased(qkv, lengths, weight, dropout, bias) -> Tensor:
 
 
 def attend_padded(
-    qkv: Tensor, padded: Tensor, image: Tensor, dropout: float = 0.0, bias: Optional[Callable[[int], Tensor]] = None
+    qkv: Tensor, padded: Tensor, places: Tensor, dropout: float = 0.0, bias: Optional[Callable[[int], Tensor]] = None
 ) -> Tensor:
     """:func:`attend` in a traced model, where no number of tokens is known: all images as one batch with padding.
 
@@ -94,22 +94,21 @@ def attend_padded(
     Args:
         qkv: (N, 3, heads, d) queries, keys and values.
         padded: (B, n) int64, the rows of each image, and N where it has fewer than n. No query sees those.
-        image: (N,) int64, the image of each row.
+        places: (N,) int64, where each row lies among the (B * n).
         dropout: probability of dropping an attention weight.
         bias: as :func:`attend`'s, but its answer, whatever the number, is that of all images: (B, heads, n, n).
 
     Returns:
         (N, heads, d).
     """
-    rows, n = qkv.shape[0], padded.shape[1]
+    rows = qkv.shape[0]
     q, k, v = qkv[padded.clamp(max=rows - 1)].permute(2, 0, 3, 1, 4)  # 3 x (B, heads, n, d)
     score = (q @ k.transpose(-2, -1)).to(_accumulate(q)) * q.shape[-1] ** -0.5  # (B, heads, n, n)
     if bias is not None:
         score = score + bias(0)
     score = score.masked_fill((padded == rows)[:, None, None], -math.inf)
     out = F.dropout(score.softmax(-1), dropout).to(v.dtype) @ v
-    place = image * n + torch.arange(rows, device=qkv.device) - padded[image, 0]  # (N,)
-    return out.transpose(1, 2).flatten(0, 1)[place]
+    return out.transpose(1, 2).flatten(0, 1)[places]
 
 
 def attend_reference(

@@ -14,7 +14,7 @@ import torch
 from mmengine.logging import MessageHub
 from torch import Tensor, nn
 
-from .tokens import Grid, TokenMap, cumulative, over_cells, region_grid, region_of_cell
+from .tokens import Grid, TokenMap, cumulative, over_cells, padded_rows, region_grid, region_of_cell
 from .tracing import remembered, traced
 
 TRAIN_TOKENS = ('active', 'trimmed', 'all')
@@ -203,12 +203,12 @@ class TokenSelector(nn.Module):
             cover=cover.unflatten(2, grid),
             weight=None if weight is None else weight[image, candidate],
             dense_grid=dense_grid,
-            padded=_padded(cu_seqlens, total) if lengths is None else None,
+            padded=padded_rows(cu_seqlens, cu_seqlens.diff().max().item(), total) if lengths is None else None,
         )
         return tokens, Decision(logits[::-1], coarse[::-1])
 
     def _read(self, counts: Tensor, logits: List[Tensor]) -> List[int]:
-        """The counts on the host, once the logits are known to be finite: the selection's one wait for the device."""
+        """The counts on the host, and whether the logits are finite: both in one wait for the device."""
         finite = torch.stack([answer.isfinite().all() for answer in logits]).all()
         *lengths, finite = torch.cat((counts, finite[None])).tolist()
         if not finite:
@@ -280,13 +280,6 @@ class TokenSelector(nn.Module):
         counts = end.numel() + change.cumsum(0) - change  # (regions + 1,), of the first k coarse
         k = (counts[:-1] > images * fine).sum()
         return [(begin < k) & (end >= k) for begin, end in spans] + [end >= k]
-
-
-def _padded(cu_seqlens: Tensor, total: int) -> Tensor:
-    """(B, n) int64, the rows of each image, n those of the longest one; beyond an image's own there is ``total``."""
-    longest = cu_seqlens.diff().max().item()
-    rows = cu_seqlens[:-1, None].long() + torch.arange(longest, device=cu_seqlens.device)
-    return torch.where(rows < cu_seqlens[1:, None], rows, total)
 
 
 def raise_not_finite(name: str, values: Tensor) -> None:

@@ -91,7 +91,7 @@ class TokenLinearHead(TokenHead, FCNHead):
         """Outputs of the backbone to logits (B, classes, h, w)."""
         x, tokens = self.read(inputs)  # (M, C)
         if self.training and self.dropout is not None:  # mmseg's drops channels of an image
-            kept = self.dropout(x.new_ones(len(tokens.lengths), x.shape[1], 1, 1)).flatten(1)  # (B, C)
+            kept = self.dropout(x.new_ones(tokens.images, x.shape[1], 1, 1)).flatten(1)  # (B, C)
             x = x * kept[tokens.image]
         logits = self.write(F.linear(x, self.conv_seg.weight.flatten(1)), tokens)  # (B, classes, h, w)
         return logits + self.conv_seg.bias[:, None, None]  # here, so that weights of tokens do not weigh it
@@ -116,15 +116,15 @@ class TokenSegmenterHead(TokenHead, SegmenterMaskTransformerHead):
         """Outputs of the backbone to masks (B, classes, h, w)."""
         x, tokens = self.read(inputs)  # (M, C)
         queried = tokens.with_prefix(self.num_classes)
-        queries = self.cls_emb.expand(len(tokens.lengths), -1, -1)  # (B, K, C)
+        queries = self.cls_emb.expand(tokens.images, -1, -1)  # (B, K, C)
         x = queried.join_prefix(queries, self.dec_proj(x))  # (N, C)
         for layer in self.layers:
             x = layer(x, queried, Places())
         queries, x = queried.split_prefix(self.decoder_norm(x))
         queries = F.normalize(self.classes_proj(queries), dim=2)
         x = F.normalize(self.patch_proj(x), dim=1)
-        masks = torch.cat([part @ own.T for part, own in zip(x.split(tokens.lengths), queries)])  # (M, K)
-        return self.write(self.mask_norm(masks), tokens)  # (B, K, h, w)
+        masks = self.mask_norm(tokens.against(x, queries))  # (M, K)
+        return self.write(masks, tokens)  # (B, K, h, w)
 
     def macs(self, tokens: int) -> int:
         queries, (dims, inner) = self.num_classes, (self.dec_proj.in_features, self.dec_proj.out_features)

@@ -60,10 +60,13 @@ class TokenMap:
     @property
     def image(self) -> Tensor:
         """(N,) int64, the image that each row belongs to."""
+        return self._image(self.cu_seqlens, self.level.shape[0])
+
+    def _image(self, cu_seqlens: Tensor, rows: int) -> Tensor:
         if self.padded is not None:  # ONNX does not repeat by a number that it does not know
-            row = torch.arange(self.level.shape[0], device=self.level.device)
-            return (row[:, None] >= self.cu_seqlens[1:]).sum(1)
-        return torch.repeat_interleave(self.cu_seqlens.diff(), output_size=self.level.shape[0])
+            row = torch.arange(rows, device=cu_seqlens.device)
+            return (row[:, None] >= cu_seqlens[1:]).sum(1)
+        return torch.repeat_interleave(cu_seqlens.diff(), output_size=rows)
 
     @property
     def dense_length(self) -> int:
@@ -92,9 +95,25 @@ class TokenMap:
             return list(x.split(self.lengths))
         return [x[self.padded.clamp(max=x.shape[0] - 1)]]
 
+    def places(self) -> Tensor:
+        """(N,) int64 in a traced model, where each row of the pack lies among the (B * n) of :meth:`by_image`."""
+        row, image = torch.arange(self.level.shape[0], device=self.level.device), self.image
+        return image * self.padded.shape[1] + row - self.cu_seqlens[image]
+
+    def against(self, x: Tensor, queries: Tensor) -> Tensor:
+        """Products of each row with the queries of its image: (N, C) and (B, K, C) to (N, K)."""
+        parts = [part @ own.mT for part, own in zip(self.by_image(x), queries if self.padded is None else [queries])]
+        return torch.cat(parts) if self.padded is None else parts[0].flatten(0, 1)[self.places()]
+
     def prefix_rows(self) -> Tensor:
         """(B, prefix) int64, the rows of each image's cls token and registers."""
         return self.cu_seqlens[:-1, None].long() + torch.arange(self.prefix, device=self.cu_seqlens.device)
+
+    def covering_rows(self, count: int) -> Tensor:
+        """(M,) int64, the rows that cover cells, of which there are ``count``."""
+        before = self.prefix * torch.arange(self.images + 1, device=self.cu_seqlens.device)  # prefix rows of images
+        image = self._image(self.cu_seqlens - before, count)
+        return torch.arange(count, device=image.device) + before[1:][image]
 
     def to_grid(self, x: Tensor) -> Tensor:
         """Puts packed tokens back on the dense grid: a coarse token is replicated over its cells.
@@ -130,26 +149,36 @@ class TokenMap:
 
     def split_prefix(self, x: Tensor) -> Tuple[Tensor, Tensor]:
         """Features (N, ...) to those of the prefix, (B, prefix, ...), and of the tokens that cover cells, (M, ...)."""
-        parts = x.split([rows for n in self.lengths for rows in (self.prefix, n - self.prefix)])
-        return torch.stack(parts[::2]), torch.cat(parts[1::2])
+        count = x.shape[0] - self.images * self.prefix
+        prefix = x.index_select(0, self.prefix_rows().flatten()).view(self.images, self.prefix, *x.shape[1:])
+        return prefix, x.index_select(0, self.covering_rows(count))
 
     def join_prefix(self, prefix: Tensor, x: Tensor) -> Tensor:
         """What :meth:`split_prefix` gives, (B, prefix, ...) and (M, ...), to a pack (N, ...)."""
-        parts = x.split([n - self.prefix for n in self.lengths])
-        return torch.cat([part for image in zip(prefix, parts) for part in image])
+        rows = torch.cat((self.prefix_rows().flatten(), self.covering_rows(x.shape[0])))
+        x = torch.cat((prefix.flatten(0, 1), x))
+        return torch.index_put(torch.zeros_like(x), (rows,), x)
 
     def with_prefix(self, count: int) -> 'TokenMap':
         """The map of the same tokens after another number of leading rows: a decoder's queries, or none."""
-        images, more = len(self.lengths), count - self.prefix
-        shift = more * torch.arange(images + 1, dtype=torch.int32, device=self.cu_seqlens.device)
-        lengths = [n + more for n in self.lengths]
+        more, rows = count - self.prefix, self.level.shape[0]
+        shift = more * torch.arange(self.images + 1, dtype=torch.int32, device=self.cu_seqlens.device)
         cover = self.cover + shift[1:, None, None]  # (K, B, h, w)
         if self.masked:
-            cover = torch.where(self.cover == len(self.level), sum(lengths), cover)
-        moved = replace(self, lengths=lengths, cu_seqlens=self.cu_seqlens + shift, prefix=count, cover=cover)
+            cover = torch.where(self.cover == rows, rows + self.images * more, cover)
+        moved = replace(
+            self,
+            lengths=None if self.lengths is None else [n + more for n in self.lengths],
+            cu_seqlens=self.cu_seqlens + shift,
+            prefix=count,
+            cover=cover,
+        )
+        if self.padded is not None:
+            longest = self.padded.shape[1] + more
+            moved = replace(moved, padded=padded_rows(moved.cu_seqlens, longest, rows + self.images * more))
 
         def after(fill: float, values: Tensor) -> Tensor:
-            leading = values.new_full((images, count, *values.shape[1:]), fill)
+            leading = values.new_full((self.images, count, *values.shape[1:]), fill)
             return moved.join_prefix(leading, self.split_prefix(values)[1])
 
         return replace(
@@ -207,6 +236,12 @@ class PackedTokens(NamedTuple):
 def cumulative(counts: Tensor) -> Tensor:
     """(B + 1,) int32 of rows (B,), where each image begins, and the end."""
     return F.pad(counts.cumsum(0), (1, 0)).int()
+
+
+def padded_rows(cu_seqlens: Tensor, longest: int, total: int) -> Tensor:
+    """(B, longest) int64, the rows of each image; beyond an image's own there is ``total``."""
+    rows = cu_seqlens[:-1, None].long() + torch.arange(longest, device=cu_seqlens.device)
+    return torch.where(rows < cu_seqlens[1:, None], rows, total)
 
 
 def region_grid(grid: Grid, side: int) -> Grid:

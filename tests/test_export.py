@@ -45,7 +45,9 @@ THREE = dict(scales=(16, 32, 64), coarse_embed='resize+detail', num_register_tok
 BEIT = {**VIT, 'type': 'MSBEiT', 'final_norm': False, 'qv_bias': True, 'init_values': 0.1}
 SEGMENTORS = {
     'fcn': dict(backbone=VIT, decode_head=FCN),
-    'mask, three scales': dict(backbone={**VIT, **THREE}, decode_head=MASK),
+    'mask on tokens, three scales': dict(
+        backbone={**VIT, **THREE, 'out_type': 'tokens'}, decode_head={**MASK, 'type': 'TokenSegmenterHead'}
+    ),
     'uper, context': dict(
         backbone={**VIT, 'out_indices': (0, 1), 'gate': dict(type='ContextGate'), 'patch_size': 14, 'scales': (14, 28),
                   'img_size': 56, 'interpolate_mode': 'bicubic-antialias', 'out_detail': 'residual'},
@@ -53,9 +55,10 @@ SEGMENTORS = {
         decode_head=UPER,
     ),
     'rotary': dict(backbone={**VIT, 'rope': 'dinov3', 'qkv_bias': 'qv', 'ffn_type': 'swiglu',
-                             'layer_scale_init_value': 0.1}, decode_head=FCN),
+                             'layer_scale_init_value': 0.1, 'out_type': 'tokens'},
+                   decode_head={**FCN, 'type': 'TokenLinearHead', 'num_convs': 0, 'norm_cfg': None}),
     'beit': dict(backbone=BEIT, decode_head=FCN),
-    'smaller': dict(backbone={**VIT, 'input_scale': 0.8}, decode_head=FCN),
+    'mask, smaller': dict(backbone={**VIT, 'input_scale': 0.8}, decode_head=MASK),
 }  # fmt: skip
 
 
@@ -150,7 +153,7 @@ def test_batch_equals_its_rows(exported):
 
 @pytest.mark.slow
 def test_budget_and_classes(exported):
-    name = 'mask, three scales'
+    name = 'mask on tokens, three scales'
     model, run = segmentor(name), session(exported(name, budget=True, classes=True)).run
     images = torch.randn(3, 3, 150, 90)
     for tokens in (9.0, 14.5, 30.0, 47.0, 100.0):
@@ -210,11 +213,11 @@ def test_padded_attention_equals_the_pack():
     padded = torch.full((3, 8), 14)
     for image, rows in enumerate(torch.arange(14).split(lengths)):
         padded[image, : len(rows)] = rows
-    image = torch.repeat_interleave(torch.tensor(lengths))
-    torch.testing.assert_close(attend_padded(qkv, padded, image), attend(qkv, lengths))
+    places = torch.cat([8 * image + torch.arange(n) for image, n in enumerate(lengths)])
+    torch.testing.assert_close(attend_padded(qkv, padded, places), attend(qkv, lengths))
     scores = torch.randn(3, 2, 8, 8, dtype=torch.float64)
     wanted = attend(qkv, lengths, bias=lambda i: scores[i, :, : lengths[i], : lengths[i]])
-    torch.testing.assert_close(attend_padded(qkv, padded, image, bias=lambda _: scores), wanted)
+    torch.testing.assert_close(attend_padded(qkv, padded, places, bias=lambda _: scores), wanted)
 
 
 @pytest.mark.parametrize('size', [(1, 1), (2, 3), (6, 6)])

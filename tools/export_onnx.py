@@ -9,9 +9,8 @@ that the images of a batch may have (``token_budget`` of the backbone). Outputs:
 are read: tools/run_onnx.py needs nothing else. --int8 keeps the weights of the blocks' linear layers in int8; the gate
 and its decision stay in float32.
 
-The graph sees an image in one piece, and numbers that are not finite pass through it. Heads on tokens cannot be
-exported yet. OpenVINO resizes positions and images without antialiasing, whatever the graph says, and takes no image
-that is smaller than the coarsest region.
+The graph sees an image in one piece, and numbers that are not finite pass through it. OpenVINO resizes positions and
+images without antialiasing, whatever the graph says, and takes no image that is smaller than the coarsest region.
 
 ONNX opset 20. Tested with torch 2.13, onnx 1.23, onnxscript 0.7, ONNX Runtime 1.32 and OpenVINO 2026.4. Needs
 ``pip install mmseg_msvit[export]``.
