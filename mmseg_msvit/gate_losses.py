@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_fn
 import torch.nn.functional as F
+from mmengine.dist import all_reduce, get_world_size
 from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from torch import Tensor, nn
@@ -325,7 +326,10 @@ class PurityLoss(GateLoss):
         share, labelled = region_purity(labels, logits.shape[1:], self.region, self.ignore_index)
         target = (share >= self.purity).to(logits.dtype)
         loss = F.binary_cross_entropy_with_logits(logits, target, reduction='none')
-        return self.loss_weight * (loss * labelled).sum() / labelled.sum().clamp(min=1)
+        # The ranks' mean, which DDP makes, is then that over all labelled regions, of which ranks have unlike numbers.
+        total = labelled.sum()
+        all_reduce(total)
+        return self.loss_weight * (loss * labelled).sum() * get_world_size() / total.clamp(min=1)
 
 
 def region_purity(

@@ -3,13 +3,15 @@
 import itertools
 import os
 import runpy
-import socket
 import subprocess
 import sys
+import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
@@ -91,11 +93,28 @@ def sample(labels):
     return SegDataSample(gt_sem_seg=PixelData(data=labels[None]))
 
 
-@pytest.fixture
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
+def spread(function, world_size, *args):
+    """``function(*args)`` in each of so many processes of one gloo group: what they return, by rank.
+
+    They are forks of a process that has torch and mmseg imported and has computed nothing: cheaper than new ones.
+    """
+    torch.multiprocessing.get_context('forkserver').set_forkserver_preload(['mmseg_msvit', 'mmengine.runner'])
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.start_processes(
+            _one_rank, (world_size, folder, function, args), world_size, start_method='forkserver'
+        )
+        return [torch.load(f'{folder}/{rank}.pth', weights_only=False) for rank in range(world_size)]
+
+
+def _one_rank(rank, world_size, folder, function, args):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        'gloo', f'file://{folder}/meet', timedelta(minutes=2), rank=rank, world_size=world_size
+    )  # ranks that wait for each other in vain fail
+    os.environ['LOCAL_RANK'] = str(rank)
+    init_default_scope('mmseg')
+    torch.save(function(*args), f'{folder}/{rank}.pth')
+    dist.destroy_process_group()
 
 
 TOY = 'configs/toy/segmenter_msvit-mini_mask_1xb8-400_toy-scenes-256x256.py'

@@ -1,86 +1,181 @@
-"""Two processes with gloo: what users run on several GPUs."""
+"""One batch in parts: over processes with gloo, what users run on several GPUs, and over steps."""
 
+from copy import deepcopy
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import SMALL, sample
+from conftest import SMALL, build_runner, force_logits, randomize, sample, spread
 from mmengine.dataset import DefaultSampler
-from mmengine.model import MMDistributedDataParallel
-from mmengine.registry import init_default_scope
+from mmengine.dist import get_dist_info
+from mmengine.model import MMDistributedDataParallel, convert_sync_batchnorm, revert_sync_batchnorm
+from mmengine.optim import OptimWrapper
 from mmseg.registry import HOOKS, METRICS, MODELS
 
-MODEL = dict(
-    type='EncoderDecoder',
-    data_preprocessor=dict(type='SegDataPreProcessor', size=(64, 64)),
-    backbone=dict(
-        type='MSViT',
-        gate=dict(type='MLPGate', init_coarse=0.5),
-        gate_loss=[dict(type='GeneralizedBatchShapingLoss'), dict(type='PurityLoss')],
-        **SMALL,
-    ),
-    decode_head=dict(type='FCNHead', in_channels=32, channels=8, num_classes=4, num_convs=1, in_index=1),
-    test_cfg=dict(mode='whole'),
-)
+LOSSES = ('GeneralizedBatchShapingLoss', 'BatchShapingLoss', 'TokenBudgetLoss', 'PurityLoss')
+IMAGES = 8
 
 
-def train_two_steps(rank, port, results):
-    dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
-    init_default_scope('mmseg')
-    torch.manual_seed(0)
-    model = MODELS.build(MODEL)
-    model.init_weights()
-    wrapped = MMDistributedDataParallel(model).train()  # without find_unused_parameters
-    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=wrapped))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    torch.manual_seed(10 + rank)
-    for step in range(2):
-        if step:  # one rank all coarse, the other all fine
-            answer = 9.0 if rank else -9.0
-            model.backbone.gate.register_forward_hook(lambda m, args, out: answer + out - out.detach())  # noqa: B023
-        losses = wrapped(
-            torch.randn(2, 3, 64, 64), [sample(torch.randint(0, 4, (64, 64))) for _ in range(2)], mode='loss'
+def segmentor(losses=(), train_tokens='active', **head):
+    gate = dict(type='MLPGate', init_coarse=0.5)
+    losses = [dict(type=kind) for kind in losses]
+    return MODELS.build(
+        dict(
+            type='EncoderDecoder',
+            backbone=dict(type='MSViT', gate=gate, gate_loss=losses, train_tokens=train_tokens, **SMALL),
+            decode_head=dict(
+                type='FCNHead', in_channels=32, channels=8, num_classes=4, num_convs=1, in_index=1,
+                dropout_ratio=0, **head,
+            ),  # fmt: skip
+            test_cfg=dict(mode='whole'),
         )
-        total, log = model.parse_losses(losses)
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
-    results[rank] = {name: p.detach().clone() for name, p in model.named_parameters()}, sorted(losses)
-    dist.destroy_process_group()
+    )
+
+
+def batch():
+    """Images, labels, logits and noise of gates: all coarse, mixed, or all fine; pure, mixed or unlabelled regions."""
+    images = torch.randn(IMAGES, 3, 64, 64, dtype=torch.float64)
+    labels = torch.randint(0, 4, (IMAGES, 2, 2)).repeat_interleave(32, 1).repeat_interleave(32, 2)
+    labels[::3, ::2] = 3
+    labels[:2, :32] = labels[5, 32:] = 255
+    logits = 3 * torch.rand(IMAGES, 2, 2).sub(0.5).sign()
+    logits[:2], logits[-2:] = 3, -3  # of four ranks the first is all coarse, the last all fine
+    return images, labels, logits, 0.4 + 0.2 * torch.rand(IMAGES, 2, 2)
+
+
+def step(losses, train_tokens='active', parts=1):
+    """Parameters before and after one step of SGD on the batch in float64, in so many parts one after the other.
+
+    Each of several processes has its share of every part.
+    """
+    rank, world_size = get_dist_info()
+    torch.manual_seed(0)
+    model = segmentor(losses, train_tokens)
+    randomize(model)
+    model.double().train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    wrapped = MMDistributedDataParallel(model) if world_size > 1 else model  # without find_unused_parameters
+    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=wrapped))
+    optimizer = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1), accumulative_counts=parts)
+    optimizer.initialize_count_status(model, 0, parts)
+    for part in zip(*(values.chunk(parts) for values in batch())):
+        images, labels, logits, noise = (values.chunk(world_size)[rank] for values in part)
+        force_logits(model.backbone, logits)
+        with mock.patch('torch.rand_like', lambda like, noise=noise: noise.to(like)), optimizer.optim_context(wrapped):
+            losses = wrapped(images, [sample(label) for label in labels], mode='loss')
+        optimizer.update_params(model.parse_losses(losses)[0])
+        model.backbone.gate._forward_hooks.clear()
+    return before, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def moved_apart(one, other):
+    return {name for name in one if not torch.allclose(one[name], other[name], rtol=0, atol=1e-10)}
+
+
+def steps():
+    return {mode: step(LOSSES, mode)[1] for mode in ('all', 'active', 'trimmed')}
 
 
 @pytest.mark.slow
-def test_ranks_stay_together_and_every_parameter_is_reduced(free_port):
-    results = torch.multiprocessing.Manager().dict()
-    torch.multiprocessing.spawn(train_two_steps, (free_port, results), nprocs=2)
-    (first, keys), (second, _) = results[0], results[1]
-    assert {'gate.loss_gbas', 'gate.loss_purity', 'gate.tokens'} <= set(keys)
+@pytest.mark.parametrize('world_size', [2, 4])
+def test_a_step_of_several_processes_is_the_step_of_one_on_their_joined_batch(world_size):
+    """Ranks of unlike numbers of tokens and of labelled regions, one of them all coarse.
+
+    ``'trimmed'`` keeps as many tokens as the largest image of a rank has: of inactive tokens, which nobody sees, the
+    gate alone learns, and it learns of fewer where ranks are smaller than the batch.
+    """
+    ranks = spread(steps, world_size)
+    for mode in ('all', 'active', 'trimmed'):
+        before, joined = step(LOSSES, mode)
+        assert moved_apart(before, joined) == set(before)
+        apart = moved_apart(ranks[0][mode], joined)
+        assert apart == ({name for name in before if '.gate.' in name} if mode == 'trimmed' else set()), mode
+        assert all(moved_apart(rank[mode], ranks[0][mode]) == set() for rank in ranks)
+
+
+@pytest.mark.parametrize('kind, additive', [
+    (None, True), ('PurityLoss', True), ('TokenBudgetLoss', False), ('BatchShapingLoss', False),
+    ('GeneralizedBatchShapingLoss', False),
+])  # fmt: skip
+def test_accumulated_gradients_are_those_of_one_batch_where_a_loss_is_a_mean_over_images(kind, additive):
+    """Losses of the distribution over a batch are not; PurityLoss is if the parts have equally many labelled regions."""
+    losses = [kind] if kind else []
+    equal = batch()[1]
+    equal[:2, :32] = equal[5, 32:] = 0
+    with mock.patch(f'{__name__}.batch', lambda b=batch: (b()[0], equal, *b()[2:])):
+        whole, accumulated = step(losses)[1], step(losses, parts=2)[1]
+    apart = moved_apart(whole, accumulated)
+    assert apart == set() if additive else {name for name in whole if '.gate.' in name} <= apart
+
+
+@pytest.fixture
+def of_two_processes(config):
+    """The toy config for a runner in several processes without a GPU, without validation."""
+    wrapper = dict(type='MMDistributedDataParallel', device_ids=None)  # the default names a GPU
+    config.merge_from_dict(dict(launcher='pytorch', model_wrapper_cfg=wrapper, sync_bn='torch'))
+    config.custom_hooks.append(dict(type='SyncBuffersHook'))
+    return config
+
+
+def train(config, **options):
+    runner = build_runner(config, **options)
+    runner.train()
+    return {name: value.clone() for name, value in runner.model.state_dict().items()}
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_one_goes_on(of_two_processes):
+    config = of_two_processes
+    first, second = spread(train, 2, config)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    (name,) = (name for name in first if name.endswith('memory'))
+    assert (first[name][:, 0, 0] >= 0).sum() == 4 * 2 * 2  # steps, ranks, images
+    config.merge_from_dict(dict(launcher='none', model_wrapper_cfg=None, resume=True))
+    config.train_cfg.max_iters = 6
+    resumed = train(config)
+    assert (resumed[name.removeprefix('module.')][:, 0, 0] >= 0).sum() == 4 * 2 * 2 + 2 * 2
+
+
+def losses_with_sync_bn():
     torch.manual_seed(0)
-    model = MODELS.build(MODEL)
-    model.init_weights()
-    for name, start in model.named_parameters():
-        torch.testing.assert_close(first[name], second[name])
-        # at the second step the last gate layer no longer is zero, so that the layers below it have moved too
-        assert not torch.equal(first[name], start.detach()), name
+    model = convert_sync_batchnorm(segmentor(norm_cfg=dict(type='BN'))).train()
+    synced = [name for name, module in model.named_modules() if isinstance(module, torch.nn.SyncBatchNorm)]
+    images, labels, *_ = batch()
+    found = []
+    for normed in (model, revert_sync_batchnorm(deepcopy(model))):
+        torch.manual_seed(0)
+        try:
+            losses = normed(images.float(), [sample(label) for label in labels], mode='loss')
+            found.append(losses['decode.loss_ce'].item())
+        except ValueError as error:
+            found.append(str(error))
+    return synced, *found
 
 
-def count_tokens(rank, port, results):
-    dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
-    init_default_scope('mmseg')
+@pytest.mark.slow
+def test_sync_bn_of_a_head_needs_a_gpu_in_several_processes_and_is_reverted_without():
+    """The backbone has no statistics of a batch. In one process SyncBN is BN; in several on CPU torch refuses it."""
+    synced, alone, reverted = losses_with_sync_bn()
+    assert len(synced) == 1 and synced[0].startswith('decode_head') and alone == reverted
+    for _, said, again in spread(losses_with_sync_bn, 2):
+        assert 'SyncBatchNorm expected input tensor to be on' in said
+        assert again == pytest.approx(reverted)
+
+
+def count_tokens():
     metric = METRICS.build(dict(type='TokenMetric'))
-    backbone = MODELS.build(dict(MODEL['backbone'], gate=dict(type='FixedGate', coarse=True))).eval()
+    backbone = MODELS.build(dict(type='MSViT', gate=dict(type='FixedGate', coarse=True), **SMALL)).eval()
     for i in DefaultSampler(range(3), shuffle=False, round_up=True):  # image 0 once more, to fill the last batch
         with torch.no_grad():
             backbone(torch.randn(1, 3, 32, 32 * (i + 1)))
         metric.process({}, [{}])
-    results[rank] = metric.evaluate(3)
-    dist.destroy_process_group()
+    return metric.evaluate(3)
 
 
 @pytest.mark.slow
-def test_token_metric_counts_each_image_once(free_port):
-    results = torch.multiprocessing.Manager().dict()
-    torch.multiprocessing.spawn(count_tokens, (free_port, results), nprocs=2)
+def test_token_metric_counts_each_image_once():
+    results = spread(count_tokens, 2)
     assert results[0] == results[1]
     assert results[0]['msvit/tokens_mean'] == 3 and results[0]['msvit/tokens_p50'] == 3  # of 2, 3 and 4 tokens

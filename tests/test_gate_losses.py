@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 import torch
 import torch.distributed as dist
-from conftest import build_msvit, sample, tiny_segmentor
+from conftest import build_msvit, sample, spread, tiny_segmentor
 from mmengine.config import Config
 from mmengine.model import ExponentialMovingAverage, StochasticWeightAverage, revert_sync_batchnorm
 from mmseg.registry import MODELS
@@ -433,52 +433,45 @@ def test_bad_arguments(kind, kwargs, message):
         build(kind, **kwargs)
 
 
-def _two_ranks(rank, port, values, results):
-    dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
+def _shaped(values):
     loss = build('GeneralizedBatchShapingLoss', memory_size=0)
-    logits = values[rank].clone().requires_grad_()
+    logits = values[dist.get_rank()].clone().requires_grad_()
     out = loss(logits)
     out.backward()
-    results[rank] = out.item(), logits.grad / 2, loss.prior_mean_logit.grad  # DDP averages: divides by the ranks
-    dist.destroy_process_group()
+    return out.item(), logits.grad / 2, loss.prior_mean_logit.grad  # DDP averages: divides by the ranks
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one_batch(free_port):
+def test_two_ranks_are_one_batch():
     values = torch.randn(2, 3, 4, 4)
-    results = torch.multiprocessing.Manager().dict()
-    torch.multiprocessing.spawn(_two_ranks, (free_port, values, results), nprocs=2)
     loss = build('GeneralizedBatchShapingLoss', memory_size=0)
     logits = values.flatten(0, 1).requires_grad_()
     out = loss(logits)
     out.backward()
-    for rank in range(2):
-        value, grad, prior_grad = results[rank]
+    for rank, (value, grad, prior_grad) in enumerate(spread(_shaped, 2, values)):
         assert abs(value - out.item()) < 1e-6
         torch.testing.assert_close(grad, logits.grad[3 * rank : 3 * rank + 3])
         torch.testing.assert_close(prior_grad, loss.prior_mean_logit.grad)
 
 
-def _unequal_ranks(rank, port, results):
-    dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
+def _of_unequal_ranks():
     found = {}
     for name, shapes in (('images', ((1, 4, 4), (3, 4, 4))), ('grid', ((2, 4, 4), (2, 3, 5)))):
+        shape = shapes[dist.get_rank()]
         for kind in ('BatchShapingLoss', 'TokenBudgetLoss', 'GeneralizedBatchShapingLoss'):
-            logits = torch.linspace(-1, 1, math.prod(shapes[rank])).view(shapes[rank]).requires_grad_()
+            logits = torch.linspace(-1, 1, math.prod(shape)).view(shape).requires_grad_()
             try:
                 out = build(kind)(logits)
                 out.backward()
                 found[kind, name] = out.item(), logits.grad / 2
             except ValueError as error:
                 found[kind, name] = str(error)
-    results[rank] = found
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.mark.slow
-def test_ranks_of_unequal_shapes(free_port):
-    results = torch.multiprocessing.Manager().dict()
-    torch.multiprocessing.spawn(_unequal_ranks, (free_port, results), nprocs=2)
+def test_ranks_of_unequal_shapes():
+    results = spread(_of_unequal_ranks, 2)
     said = 'all ranks must have the same, got [(2, 4, 4), (2, 3, 5)]'
     assert all(said in results[rank]['GeneralizedBatchShapingLoss', 'grid'] for rank in range(2))
     for kind in ('BatchShapingLoss', 'TokenBudgetLoss', 'GeneralizedBatchShapingLoss'):
