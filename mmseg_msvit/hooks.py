@@ -8,6 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmseg.registry import HOOKS
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from .checkpoint import adapt, fit, misfits, refuse
 from .inspection import find_msvit
@@ -56,12 +57,19 @@ class GateLossHook(ViTWeightsHook):
     They appear as ``gate.loss_*``. Logged beside them are ``gate.tokens`` (active tokens of an image, a batch's mean),
     and ``gate.coarse_fraction``, ``gate.entropy`` and ``gate.conditionality`` of each level, see
     :meth:`~mmseg_msvit.selection.Decision.statistics`. It is a forward hook on the model, there from ``before_train``
-    to ``after_train``.
+    to ``after_train``. Under FSDP the losses' own parameters must be whole by then: let it wrap the blocks
+    (:class:`~mmseg_msvit.blocks.Block`) and not the backbone.
     """
 
     def before_train(self, runner) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        find_msvit(model)  # says at once if there is none
+        backbone = find_msvit(model)  # says at once if there is none
+        for module in model.modules():
+            if isinstance(module, FullyShardedDataParallel) and backbone in module.modules():
+                raise ValueError(
+                    'GateLossHook wants the parameters of the gate losses whole after the forward pass, got '
+                    'FullyShardedDataParallel inside the model around the backbone; let it wrap the blocks'
+                )
         self._handles = [
             model.register_forward_pre_hook(_collect_gate_losses, with_kwargs=True),
             model.register_forward_hook(_add_gate_losses, with_kwargs=True),

@@ -9,9 +9,18 @@ import torch
 from conftest import SMALL, build_runner, force_logits, randomize, sample, spread
 from mmengine.dataset import DefaultSampler
 from mmengine.dist import get_dist_info
-from mmengine.model import MMDistributedDataParallel, convert_sync_batchnorm, revert_sync_batchnorm
+from mmengine.model import (
+    MMDistributedDataParallel,
+    MMFullyShardedDataParallel,
+    convert_sync_batchnorm,
+    revert_sync_batchnorm,
+)
 from mmengine.optim import OptimWrapper
 from mmseg.registry import HOOKS, METRICS, MODELS
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+from mmseg_msvit.backbone import MSViT
+from mmseg_msvit.blocks import Block
 
 LOSSES = ('GeneralizedBatchShapingLoss', 'BatchShapingLoss', 'TokenBudgetLoss', 'PurityLoss')
 IMAGES = 8
@@ -44,7 +53,15 @@ def batch():
     return images, labels, logits, 0.4 + 0.2 * torch.rand(IMAGES, 2, 2)
 
 
-def step(losses, train_tokens='active', parts=1):
+def distributed(model):
+    return MMDistributedDataParallel(model)  # without find_unused_parameters
+
+
+def sharded(model, wrap=Block):
+    return MMFullyShardedDataParallel(model, device_id='cpu', auto_wrap_policy=ModuleWrapPolicy({wrap}))
+
+
+def step(losses, train_tokens='active', parts=1, wrap=distributed):
     """Parameters before and after one step of SGD on the batch in float64, in so many parts one after the other.
 
     Each of several processes has its share of every part.
@@ -55,9 +72,9 @@ def step(losses, train_tokens='active', parts=1):
     randomize(model)
     model.double().train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    wrapped = MMDistributedDataParallel(model) if world_size > 1 else model  # without find_unused_parameters
+    wrapped = wrap(model) if world_size > 1 else model
     HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=wrapped))
-    optimizer = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1), accumulative_counts=parts)
+    optimizer = OptimWrapper(torch.optim.SGD(wrapped.parameters(), lr=0.1), accumulative_counts=parts)
     optimizer.initialize_count_status(model, 0, parts)
     for part in zip(*(values.chunk(parts) for values in batch())):
         images, labels, logits, noise = (values.chunk(world_size)[rank] for values in part)
@@ -66,15 +83,20 @@ def step(losses, train_tokens='active', parts=1):
             losses = wrapped(images, [sample(label) for label in labels], mode='loss')
         optimizer.update_params(model.parse_losses(losses)[0])
         model.backbone.gate._forward_hooks.clear()
-    return before, {name: p.detach() for name, p in model.named_parameters()}
+    after = wrapped.state_dict()
+    return before, {name: after.get(f'module.{name}', after.get(name)) for name in before}
 
 
 def moved_apart(one, other):
     return {name for name in one if not torch.allclose(one[name], other[name], rtol=0, atol=1e-10)}
 
 
+STEPS = {mode: dict(train_tokens=mode) for mode in ('all', 'active', 'trimmed')}
+STEPS['sharded'] = dict(wrap=sharded)
+
+
 def steps():
-    return {mode: step(LOSSES, mode)[1] for mode in ('all', 'active', 'trimmed')}
+    return {name: step(LOSSES, **options)[1] for name, options in STEPS.items()}
 
 
 @pytest.mark.slow
@@ -86,12 +108,25 @@ def test_a_step_of_several_processes_is_the_step_of_one_on_their_joined_batch(wo
     gate alone learns, and it learns of fewer where ranks are smaller than the batch.
     """
     ranks = spread(steps, world_size)
-    for mode in ('all', 'active', 'trimmed'):
-        before, joined = step(LOSSES, mode)
+    for name, options in STEPS.items():
+        before, joined = step(LOSSES, **options)
         assert moved_apart(before, joined) == set(before)
-        apart = moved_apart(ranks[0][mode], joined)
-        assert apart == ({name for name in before if '.gate.' in name} if mode == 'trimmed' else set()), mode
-        assert all(moved_apart(rank[mode], ranks[0][mode]) == set() for rank in ranks)
+        apart = moved_apart(ranks[0][name], joined)
+        assert apart == ({key for key in before if '.gate.' in key} if name == 'trimmed' else set()), name
+        assert all(moved_apart(rank[name], ranks[0][name]) == set() for rank in ranks)
+
+
+def said_of_a_sharded_backbone():
+    model = sharded(segmentor(LOSSES), MSViT)
+    with pytest.raises(ValueError) as error:
+        HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model))
+    return str(error.value)
+
+
+@pytest.mark.slow
+def test_gate_losses_want_a_backbone_that_is_not_sharded_by_itself():
+    (said,) = spread(said_of_a_sharded_backbone, 1)
+    assert 'got FullyShardedDataParallel inside the model around the backbone; let it wrap the blocks' in said
 
 
 @pytest.mark.parametrize('kind, additive', [
@@ -158,7 +193,7 @@ def losses_with_sync_bn():
 def test_sync_bn_of_a_head_needs_a_gpu_in_several_processes_and_is_reverted_without():
     """The backbone has no statistics of a batch. In one process SyncBN is BN; in several on CPU torch refuses it."""
     synced, alone, reverted = losses_with_sync_bn()
-    assert len(synced) == 1 and synced[0].startswith('decode_head') and alone == reverted
+    assert synced and all(name.startswith('decode_head.') for name in synced) and alone == reverted
     for _, said, again in spread(losses_with_sync_bn, 2):
         assert 'SyncBatchNorm expected input tensor to be on' in said
         assert again == pytest.approx(reverted)
