@@ -57,7 +57,7 @@ def attend(
     """
     if bias is not None:
         return _attend_biased(qkv, lengths, weight, dropout, bias)
-    if weight is None and dropout == 0 and cu_seqlens is not None and _has_varlen(qkv):
+    if weight is None and dropout == 0 and cu_seqlens is not None and has_varlen(qkv):
         return varlen_attn(*qkv.unbind(1), cu_seqlens, cu_seqlens, max(lengths), max(lengths))
     if weight is not None and dropout > 0:
         return attend_reference(qkv, lengths, weight, dropout)
@@ -186,7 +186,8 @@ def _odds(score: Tensor, weight: Tensor) -> Tensor:
     return (score - total).clamp(max=math.log(MAX_ODDS)).exp()
 
 
-def _has_varlen(qkv: Tensor) -> bool:
+def has_varlen(qkv: Tensor) -> bool:
+    """Whether there is a variable-length kernel for queries, keys and values of this type on this device."""
     half = qkv.dtype in (torch.float16, torch.bfloat16)
     return varlen_attn is not None and half and qkv.is_cuda and torch.cuda.get_device_capability(qkv.device) >= (8, 0)
 

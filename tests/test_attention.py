@@ -165,7 +165,7 @@ def test_variable_length_kernel_is_called_with_the_packs_rows(monkeypatch):
         return torch.cat([attend_reference(part, [len(part)]) for part in parts])
 
     monkeypatch.setattr(attention, 'varlen_attn', stand_in)
-    monkeypatch.setattr(attention, '_has_varlen', lambda qkv: True)
+    monkeypatch.setattr(attention, 'has_varlen', lambda qkv: True)
     lengths = [2, 5, 1]
     qkv = pack(lengths)
     out = attend(qkv, lengths, cu_seqlens=torch.tensor([0, 2, 7, 8], dtype=torch.int32))
