@@ -1,11 +1,15 @@
+import inspect
+
 import pytest
 import torch
+from conftest import build_msvit, force_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from mmseg_msvit import attention
 from mmseg_msvit.attention import attend, attend_reference, drop_path
+from mmseg_msvit.inspection import record_tokens
 
 
 def pack(lengths, heads=2, d=4, dtype=torch.float64):
@@ -171,3 +175,51 @@ def test_variable_length_kernel_is_called_with_the_packs_rows(monkeypatch):
     out = attend(qkv, lengths, cu_seqlens=torch.tensor([0, 2, 7, 8], dtype=torch.int32))
     assert calls == [([0, 2, 7, 8], 5)]
     torch.testing.assert_close(out, attend_reference(qkv, lengths))
+
+
+@pytest.mark.parametrize('scales', [(16, 32), (16, 32, 64)])
+def test_a_model_calls_the_variable_length_kernel_with_its_own_rows(scales, monkeypatch):
+    """A batch of unlike images: in evaluation and on active tokens, not where inactive ones have to be weighed."""
+    calls = []
+
+    def stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):
+        calls.append((cu_seq_q.tolist(), cu_seq_k.tolist(), cu_seq_q.dtype, max_q, max_k, query.shape[0]))
+        assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+        parts = torch.stack((query, key, value), 1).tensor_split(cu_seq_q[1:-1].long())
+        return torch.cat([attend_reference(part, [len(part)]) for part in parts])
+
+    if attention.varlen_attn is not None:
+        names = [name for name in inspect.signature(attention.varlen_attn).parameters]
+        assert names[:7] == [name for name in inspect.signature(stand_in).parameters]
+    model = build_msvit(scales=scales, num_register_tokens=2, gate=dict(type='MLPGate', init_coarse=0.5))
+    logits = torch.full((4, 2, 3), 9.0)
+    logits[1:3], logits[3, 0] = -9, -9  # all coarse, twice all fine, mixed
+    force_logits(model, logits)
+    for gate in model.gates[1:]:
+        gate.register_forward_hook(lambda module, args, out: 9 * logits[:, :1, :2].sign() + out - out.detach())
+    images = torch.randn(4, 3, 64, 96)
+    for mode in ('active', 'eval', 'trimmed'):
+        model.train(mode != 'eval')
+        model.select.train_tokens = mode if mode != 'eval' else 'active'
+        grads = []
+        for has in (False, True):
+            monkeypatch.setattr(attention, 'has_varlen', lambda qkv, has=has: has)
+            monkeypatch.setattr(attention, 'varlen_attn', stand_in)
+            model.zero_grad()
+            torch.manual_seed(0)
+            with record_tokens(model) as seen:
+                outputs = model(images)
+            sum(out.square().mean() for out in outputs).backward()
+            model._gated = ()
+            grads.append([*outputs, *(p.grad for p in model.layers.parameters())])
+        for got, wanted in zip(*grads):
+            torch.testing.assert_close(got, wanted)
+        tokens = seen[0][0]
+        if mode == 'trimmed':
+            assert not calls
+            continue
+        assert len(set(tokens.lengths)) > 2 and sum(tokens.lengths) == len(tokens.level)
+        begins = [sum(tokens.lengths[:i]) for i in range(5)]
+        longest = max(tokens.lengths)
+        assert calls == [(begins, begins, torch.int32, longest, longest, begins[-1])] * len(model.layers)
+        calls.clear()

@@ -92,7 +92,9 @@ def test_resume_continues_where_it_stopped(config):
 
 @pytest.mark.parametrize('options', [{}, dict(update_buffers=True), dict(begin_iter=2)])
 def test_averaged_weights_with_batch_shaping(config, options):
-    """Its memory is a buffer, which averaging copies."""
+    """Its memory is a buffer, which averaging copies. With all else that a config may ask for at once."""
+    config.merge_from_dict({'model.backbone.with_cp': True, 'optim_wrapper.accumulative_counts': 2})
+    assert config.optim_wrapper.clip_grad.max_norm == 1
     config.custom_hooks.append(dict(type='EMAHook', momentum=0.1, **options))
     runner = build_runner(config)
     runner.train()
@@ -176,6 +178,23 @@ def test_missing_data_folder(config):
     config.train_dataloader.dataset.data_root = 'no/such/folder'
     with pytest.raises(FileNotFoundError, match='no/such/folder/images/train'):
         build_runner(config).train()
+
+
+@pytest.mark.slow
+def test_a_compiled_training_has_the_losses_of_one_that_is_not(config):
+    """MMEngine's own option, by tracing the backward too: the graph breaks where tokens are counted."""
+    config.merge_from_dict({'model.backbone.num_layers': 1, 'train_cfg.max_iters': 2})
+    for name in ('val_dataloader', 'val_evaluator', 'val_cfg'):
+        config.pop(name)
+    config.train_cfg.pop('val_interval')
+    logs = []
+    for options in ({}, dict(compile=dict(backend='aot_eager'))):
+        config.work_dir += '_'
+        build_runner(config, **options).train()
+        logs.append([line for line in scalars(config) if 'loss' in line])
+    for plain, compiled in zip(*logs):
+        losses = {name: value for name, value in plain.items() if 'loss' in name or name == 'gate.tokens'}
+        assert {name: compiled[name] for name in losses} == pytest.approx(losses, rel=1e-4)
 
 
 @pytest.mark.slow

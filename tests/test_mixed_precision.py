@@ -1,0 +1,102 @@
+"""Half precision: what decides which tokens there are, and the losses that train it, stay in float32."""
+
+import sys
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from conftest import SMALL, randomize, sample
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmseg.registry import HOOKS, MODELS
+from torch.overrides import TorchFunctionMode
+
+HALVES = (torch.bfloat16, torch.float16)
+DECIDING = {'gates', 'selection', 'gate_losses', 'distributions', 'doubt'}
+
+
+LOSSES = [dict(type=f'{kind}Loss') for kind in ('GeneralizedBatchShaping', 'BatchShaping', 'TokenBudget', 'Purity')]
+DOUBT = [*LOSSES, dict(type='DoubtLoss')]
+
+
+def segmentor(train_tokens='trimmed', losses=LOSSES, layers=2, **backbone):
+    model = MODELS.build(
+        dict(
+            type='EncoderDecoder',
+            backbone={
+                **SMALL, 'type': 'MSViT', 'num_layers': layers, 'out_indices': layers - 1, 'train_tokens': train_tokens,
+                'gate': dict(type='ContextGate', init_coarse=0.5),
+                'gate_loss': losses, **backbone,
+            },
+            decode_head=dict(type='FCNHead', in_channels=32, channels=8, num_classes=4, num_convs=1, dropout_ratio=0),
+            test_cfg=dict(mode='whole'),
+        )
+    ).train()  # fmt: skip
+    randomize(model)
+    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model))
+    return model
+
+
+def batch():
+    labels = torch.randint(0, 4, (2, 2, 2)).repeat_interleave(32, 1).repeat_interleave(32, 2)
+    labels[0, :32, :16] = 0
+    return torch.randn(2, 3, 64, 64), [sample(label) for label in labels]
+
+
+class ResultTypes(TorchFunctionMode):
+    """Notes the floating types of what torch gives back to each file of the package."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        frame = sys._getframe(1)
+        while frame and not frame.f_globals.get('__name__', '').startswith('mmseg_msvit.'):
+            frame = frame.f_back
+        if frame and isinstance(out, torch.Tensor) and out.is_floating_point():
+            self.seen.add((frame.f_globals['__name__'].split('.')[1], out.dtype))
+        return out
+
+
+@pytest.mark.parametrize('dtype', HALVES)
+@pytest.mark.parametrize('train_tokens', ['all', 'trimmed', 'active'])
+def test_decisions_and_gate_losses_are_in_float32_under_autocast(dtype, train_tokens):
+    found = []
+    for enabled in (False, True):  # a model for each: gate losses remember what they saw
+        torch.manual_seed(0)
+        model, (images, samples) = segmentor(train_tokens, DOUBT), batch()
+        with torch.autocast('cpu', dtype, enabled=enabled), ResultTypes() as types:
+            found.append(model(images, samples, mode='loss'))
+        seen = {kind for name, kind in types.seen if name in DECIDING - {'doubt'}}
+        assert seen <= {torch.float32, torch.float64} and DECIDING <= {name for name, _ in types.seen}
+        assert (('blocks', dtype) in types.seen) == enabled
+    wanted, mixed = found
+    assert mixed['gate.tokens'] == wanted['gate.tokens'] and mixed['gate.coarse_fraction'] not in (0, 1)
+    for name, value in wanted.items():
+        near = 0.05 if name in ('decode.loss_ce', 'gate.loss_doubt') else 1e-5  # those see the blocks
+        if name.startswith(('gate.loss', 'decode.loss')):
+            assert mixed[name].dtype == torch.float32 and mixed[name].item() == pytest.approx(value.item(), rel=near)
+    model.parse_losses(mixed)[0].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('dtype', HALVES)
+def test_two_hundred_steps_of_mixed_precision_are_finite_and_learn(dtype):
+    """With activation checkpointing and clipped gradients; in bfloat16 by MMEngine's wrapper, which wants a GPU."""
+    model, (images, samples) = segmentor(layers=1, with_cp=True), batch()
+    optimizer = dict(optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3), clip_grad=dict(max_norm=1.0))
+    with pytest.raises(AssertionError, match='only available training on gpu'):
+        AmpOptimWrapper(**optimizer)
+    with mock.patch('mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available', lambda: True):
+        wrapper = AmpOptimWrapper(dtype='bfloat16', **optimizer)
+    if dtype == torch.float16:
+        wrapper = OptimWrapper(**optimizer)
+    losses = []
+    for _ in range(200):
+        with wrapper.optim_context(model), torch.autocast('cpu', dtype):
+            loss, _ = model.parse_losses(model(images, samples, mode='loss'))
+        wrapper.update_params(loss)
+        losses.append(loss.item())
+    assert torch.tensor(losses).isfinite().all() and losses[-1] < 0.7 * losses[0]
+    assert all(p.isfinite().all() for p in model.parameters())
