@@ -34,8 +34,14 @@ def segmentor(losses=(), train_tokens='active', **head):
             type='EncoderDecoder',
             backbone=dict(type='MSViT', gate=gate, gate_loss=losses, train_tokens=train_tokens, **SMALL),
             decode_head=dict(
-                type='FCNHead', in_channels=32, channels=8, num_classes=4, num_convs=1, in_index=1,
-                dropout_ratio=0, **head,
+                type='FCNHead',
+                in_channels=32,
+                channels=8,
+                num_classes=4,
+                num_convs=1,
+                in_index=1,
+                dropout_ratio=0,
+                **head,
             ),  # fmt: skip
             test_cfg=dict(mode='whole'),
         )
@@ -134,7 +140,7 @@ def test_gate_losses_want_a_backbone_that_is_not_sharded_by_itself():
     ('GeneralizedBatchShapingLoss', False),
 ])  # fmt: skip
 def test_accumulated_gradients_are_those_of_one_batch_where_a_loss_is_a_mean_over_images(kind, additive):
-    """Losses of the distribution over a batch are not; PurityLoss is if the parts have equally many labelled regions."""
+    """Losses of a batch's distribution are not; PurityLoss is if the parts have equally many labelled regions."""
     losses = [kind] if kind else []
     equal = batch()[1]
     equal[:2, :32] = equal[5, 32:] = 0
