@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import SMALL, build_runner, force_logits, randomize, sample, spread
+from conftest import SMALL, build_runner, force_logits, randomize, sample, spread, tiny_segmentor
 from mmengine.dataset import DefaultSampler
 from mmengine.dist import get_dist_info
 from mmengine.model import (
@@ -27,25 +27,9 @@ IMAGES = 8
 
 
 def segmentor(losses=(), train_tokens='active', **head):
-    gate = dict(type='MLPGate', init_coarse=0.5)
-    losses = [dict(type=kind) for kind in losses]
-    return MODELS.build(
-        dict(
-            type='EncoderDecoder',
-            backbone=dict(type='MSViT', gate=gate, gate_loss=losses, train_tokens=train_tokens, **SMALL),
-            decode_head=dict(
-                type='FCNHead',
-                in_channels=32,
-                channels=8,
-                num_classes=4,
-                num_convs=1,
-                in_index=1,
-                dropout_ratio=0,
-                **head,
-            ),  # fmt: skip
-            test_cfg=dict(mode='whole'),
-        )
-    )
+    gate, losses = dict(type='MLPGate', init_coarse=0.5), [dict(type=kind) for kind in losses]
+    config = tiny_segmentor(dict(dropout_ratio=0, **head), gate=gate, gate_loss=losses, train_tokens=train_tokens)
+    return MODELS.build(config)
 
 
 def batch():

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import SMALL, randomize, sample
+from conftest import randomize, sample, tiny_segmentor
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmseg.registry import HOOKS, MODELS
 from torch.overrides import TorchFunctionMode
@@ -20,18 +20,10 @@ DOUBT = [*LOSSES, dict(type='DoubtLoss')]
 
 
 def segmentor(train_tokens='trimmed', losses=LOSSES, layers=2, **backbone):
-    model = MODELS.build(
-        dict(
-            type='EncoderDecoder',
-            backbone={
-                **SMALL, 'type': 'MSViT', 'num_layers': layers, 'out_indices': layers - 1, 'train_tokens': train_tokens,
-                'gate': dict(type='ContextGate', init_coarse=0.5),
-                'gate_loss': losses, **backbone,
-            },
-            decode_head=dict(type='FCNHead', in_channels=32, channels=8, num_classes=4, num_convs=1, dropout_ratio=0),
-            test_cfg=dict(mode='whole'),
-        )
-    ).train()  # fmt: skip
+    gate = dict(type='ContextGate', init_coarse=0.5)
+    shape = dict(num_layers=layers, out_indices=layers - 1)
+    backbone.update(gate=gate, gate_loss=losses, train_tokens=train_tokens, **shape)
+    model = MODELS.build(tiny_segmentor(dict(dropout_ratio=0), **backbone)).train()
     randomize(model)
     HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model))
     return model
