@@ -181,23 +181,6 @@ def test_missing_data_folder(config):
 
 
 @pytest.mark.slow
-def test_a_compiled_training_has_the_losses_of_one_that_is_not(config):
-    """MMEngine's own option, by tracing the backward too: the graph breaks where tokens are counted."""
-    config.merge_from_dict({'model.backbone.num_layers': 1, 'train_cfg.max_iters': 2})
-    for name in ('val_dataloader', 'val_evaluator', 'val_cfg'):
-        config.pop(name)
-    config.train_cfg.pop('val_interval')
-    logs = []
-    for options in ({}, dict(compile=dict(backend='aot_eager'))):
-        config.work_dir += '_'
-        build_runner(config, **options).train()
-        logs.append([line for line in scalars(config) if 'loss' in line])
-    for plain, compiled in zip(*logs):
-        losses = {name: value for name, value in plain.items() if 'loss' in name or name == 'gate.tokens'}
-        assert {name: compiled[name] for name in losses} == pytest.approx(losses, rel=1e-4)
-
-
-@pytest.mark.slow
 def test_mim_from_another_folder_killed_and_resumed(config, scenes, tmp_path):
     options = [f'{k}={str(v).replace(" ", "")}' for k, v in TOY_OPTIONS.items()]
     mim = [sys.executable, '-m', 'mim']
