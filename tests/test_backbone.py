@@ -404,6 +404,23 @@ def test_torch_compile_gives_the_same():
         torch.testing.assert_close(compiled(images)[0], model(images)[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('mode', ['all', 'trimmed', 'active'])
+def test_a_gate_learns_the_same_while_torch_compiles(mode, monkeypatch):
+    """What the model does where it is told that torch traces it; the tracing itself takes minutes."""
+    model, results = build_msvit(train_tokens=mode, **LEARNED).train(), []
+    images = torch.randn(3, 3, 64, 96)
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, 'is_compiling', lambda compiling=compiling: compiling)
+        model.zero_grad()
+        torch.manual_seed(1)
+        outputs = model(images)
+        sum(out.square().mean() for out in outputs).backward()
+        model.pop_gate_losses([])
+        results.append([*outputs, *(p.grad for p in model.gate.parameters())])
+    for plain, compiled in zip(*results):
+        torch.testing.assert_close(compiled, plain)
+
+
 def test_a_smaller_image_at_test_time_alone():
     """It is what the backbone makes of a smaller image; costs are counted against the whole one's."""
     model = build_msvit(input_scale=0.7, gate=dict(type='VarianceGate'), with_cls_token=True).eval()
