@@ -176,6 +176,8 @@ def main() -> None:
     if 'WORLD_SIZE' in os.environ:
         local = int(os.environ['LOCAL_RANK'])
         device = torch.device(args.device, local) if args.device == 'cuda' else torch.device('cpu')
+        if device.type == 'cuda':
+            torch.cuda.set_device(device)
         dist.init_process_group('nccl' if args.device == 'cuda' else 'gloo')
         check_ranks(device)
         dist.destroy_process_group()
