@@ -1,8 +1,9 @@
-"""MSViT for MMSegmentation. Importing it registers all that :data:`__all__` names in mmseg's registries."""
+"""MSViT for MMSegmentation. Importing it registers the classes that :data:`__all__` names in mmseg's registries."""
 
 from .backbone import MSViT
 from .beit import MSMAE, MSBEiT
 from .doubt import DoubtLoss
+from .flops import pass_costs
 from .gate_losses import (
     BatchShapingLoss,
     GeneralizedBatchShapingLoss,
@@ -11,6 +12,8 @@ from .gate_losses import (
 )
 from .gates import ContextGate, FixedGate, MLPGate, RandomGate, VarianceGate
 from .hooks import GateLossHook, TokenMapHook, ViTWeightsHook
+from .inspection import record_tokens
+from .loading import load_backbone
 from .metrics import TokenMetric
 from .optim import MSViTLayerDecayConstructor
 from .token_heads import TokenLinearHead, TokenSegmenterHead
@@ -38,4 +41,7 @@ __all__ = [
     'TokenSegmenterHead',
     'VarianceGate',
     'ViTWeightsHook',
+    'load_backbone',
+    'pass_costs',
+    'record_tokens',
 ]

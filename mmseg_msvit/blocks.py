@@ -212,7 +212,7 @@ class SwiGLU(FeedForward):
 
     def __init__(self, dims: int, mlp_ratio: float, drop: float):
         nn.Module.__init__(self)
-        hidden = (int(int(dims * mlp_ratio) * 2 / 3) + 7) // 8 * 8
+        hidden = swiglu_width(dims, mlp_ratio)
         self.w12 = nn.Linear(dims, 2 * hidden)
         self.w3 = nn.Linear(hidden, dims)
         self.drop = nn.Dropout(drop)
@@ -220,6 +220,11 @@ class SwiGLU(FeedForward):
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.w12(x).chunk(2, dim=-1)
         return self.drop(self.w3(F.silu(a) * b))
+
+
+def swiglu_width(dims: int, mlp_ratio: float) -> int:
+    """The hidden width of a :class:`SwiGLU`."""
+    return (int(int(dims * mlp_ratio) * 2 / 3) + 7) // 8 * 8
 
 
 def attention_macs(tokens: int, dims: int) -> int:

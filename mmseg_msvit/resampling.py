@@ -46,7 +46,7 @@ def resample_positions(
         ValueError: the source's grid cannot be told.
     """
     table = tuple(table)
-    extra, grid = _source_grid(source.shape[1], table, regions, side)
+    extra, grid = source_grid(source.shape[1], table, regions, side)
     if grid == table and extra == 1:
         return source, None
     cls = source[:, :1] if extra else torch.zeros_like(source[:, :1])
@@ -60,8 +60,10 @@ def resample_positions(
     return torch.cat((cells[:, :1].float(), resample_table(grid, table, mode).flatten(2).mT), 1), how
 
 
-def _source_grid(count: int, table: Grid, regions: Optional[Grid], side: int) -> Tuple[int, Grid]:
-    """Extra positions and grid of a table of so many positions."""
+def source_grid(
+    count: int, table: Optional[Grid] = None, regions: Optional[Grid] = None, side: int = 2
+) -> Tuple[int, Grid]:
+    """Extra positions and grid of a table of so many positions; arguments and errors of :func:`resample_positions`."""
     for extra in (1, 0, 2):
         grids = _grids_of_regions(count - extra, regions, side) if regions else []
         if table in grids:
@@ -70,12 +72,12 @@ def _source_grid(count: int, table: Grid, regions: Optional[Grid], side: int) ->
             return extra, grids[0]
     for extra in (1, 0, 2):
         cells = count - extra
-        if cells == table[0] * table[1]:
+        if table and cells == table[0] * table[1]:
             return extra, table
         if cells > 0 and math.isqrt(cells) ** 2 == cells:
             return extra, (math.isqrt(cells),) * 2
     raise ValueError(
-        f'checkpoint: wanted pos_embed of a square grid or of {table}, with at most 2 more tokens, got {count} '
+        f'checkpoint: wanted pos_embed of a square grid{f" or of {table}" if table else ""}, with at most 2 more tokens, got {count} '
         "positions. Set the backbone's img_size to the one that the checkpoint was trained with: positions are "
         'resampled for images of any other size'
     )
