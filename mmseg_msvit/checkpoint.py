@@ -160,7 +160,8 @@ def misfits(backbone: nn.Module, tensors: Dict[str, Tensor], prefix: str = '') -
     own = [name for name in backbone.state_dict() if not name.startswith(ADDED)]
     wrong = {name: how for name, how in misshapen(backbone, tensors, prefix).items() if not name.startswith(ADDED)}
     wrong.update({name: NO_PLACE for name in source if name.startswith(INNER) and name not in own})
-    needed = [name for name in own if name.endswith(('weight', *NEEDED)) and not name.endswith(backbone.may_lack)]
+    may_lack = backbone.may_lack if backbone.with_cls_token else (*backbone.may_lack, 'cls_token')
+    needed = [name for name in own if name.endswith(('weight', *NEEDED)) and not name.endswith(may_lack)]
     wrong.update({name: MISSING for name in needed if name not in source})
     return wrong
 

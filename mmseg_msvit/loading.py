@@ -1,5 +1,6 @@
 """A backbone from weights alone, for whom has no config: its shape is read from the tensors."""
 
+import logging
 import math
 import os
 import re
@@ -38,7 +39,7 @@ def load_backbone(checkpoint: Union[str, os.PathLike, dict], prefix: str = '', *
         >>> cost = pass_costs(backbone, seen[0][0])[0]  # of the first image
 
         >>> features.shape, cost['tokens'], cost['dense_tokens'], f'{cost["total"] / cost["dense_total"]:.0%}'
-        (torch.Size([1, 192, 4, 4]), 11, 17, '64%')
+        (torch.Size([1, 192, 4, 4]), 11, 17, '65%')
 
     Width, depth, MLP, patch size, grid of positions, registers, layer scale and the family are those of the weights, and
     so is a gate, if there is one; its threshold and more than two scales are not in them. Without a gate the half of
@@ -68,7 +69,7 @@ def load_backbone(checkpoint: Union[str, os.PathLike, dict], prefix: str = '', *
     backbone.init_weights()
     fitted, report = fit(backbone, tensors)
     backbone.load_state_dict(fitted, strict=False)
-    print_log(str(report), logger='current')
+    print_log(str(report), logger='current', level=logging.DEBUG)
     return backbone.eval()
 
 
@@ -122,7 +123,7 @@ def _of_family(layout: str, tensors: Dict[str, Tensor], given: dict) -> dict:
     if 'rope' not in given and ((rotary and not registers) or (gated and not scaled)):
         have = 'positions neither as a table nor as DINOv3' if rotary else 'a SwiGLU without layer scale, as EVA-02'
         raise ValueError(
-            f"checkpoint: wanted a ViT with a table of positions, or DINOv3, got {have}: its positions may be of a kind "
+            f'checkpoint: wanted a ViT with a table of positions, or DINOv3, got {have}: its positions may be of a kind '
             "that is not known here. If they are not, say so by rope=None or rope='dinov3'"
         )
     return dict(
@@ -161,4 +162,4 @@ def _mlp_ratio(tensors: Dict[str, Tensor], dims: int) -> int:
     for ratio in range(1, 17):
         if width(ratio) == hidden:
             return ratio
-    raise ValueError(f"checkpoint: wanted a ViT whose MLP is a whole multiple of its width {dims}, got {hidden}")
+    raise ValueError(f'checkpoint: wanted a ViT whose MLP is a whole multiple of its width {dims}, got {hidden}')

@@ -76,8 +76,9 @@ def source_grid(
             return extra, table
         if cells > 0 and math.isqrt(cells) ** 2 == cells:
             return extra, (math.isqrt(cells),) * 2
+    wanted = f'a square grid or of {table}' if table else 'a square grid'
     raise ValueError(
-        f'checkpoint: wanted pos_embed of a square grid{f" or of {table}" if table else ""}, with at most 2 more tokens, got {count} '
+        f'checkpoint: wanted pos_embed of {wanted}, with at most 2 more tokens, got {count} '
         "positions. Set the backbone's img_size to the one that the checkpoint was trained with: positions are "
         'resampled for images of any other size'
     )
