@@ -41,9 +41,9 @@ def load_backbone(checkpoint: Union[str, os.PathLike, dict], prefix: str = '', *
         >>> features.shape, cost['tokens'], cost['dense_tokens'], f'{cost["total"] / cost["dense_total"]:.0%}'
         (torch.Size([1, 192, 4, 4]), 11, 17, '65%')
 
-    Width, depth, MLP, patch size, grid of positions, registers, layer scale and the family are those of the weights, and
-    so is a gate, if there is one; its threshold and more than two scales are not in them. Without a gate the half of
-    the regions that vary least is coarse (``VarianceGate``), without any training. Weights do not tell these either:
+    Width, depth, MLP, patch size, grid of positions, registers, layer scale and the family are those of the weights,
+    and so is a gate, if there is one, but for its threshold, and for scales that do not double. Without a gate the half
+    of the regions that vary least is coarse (``VarianceGate``), without any training. Weights do not tell these either:
     the heads, taken to be 64 wide, as up to ViT-L and in DINOv2-g all are; the activation, taken to be GELU (OpenAI's
     CLIP wants ``act_cfg=dict(type='QuickGELU')``); the norms' eps, 1e-5 for CLIP and DINOv3, else 1e-6; how the
     library resamples positions, by antialiasing for ViTs with registers; and rotary positions, of which DINOv3's alone
@@ -123,8 +123,8 @@ def _of_family(layout: str, tensors: Dict[str, Tensor], given: dict) -> dict:
     if 'rope' not in given and ((rotary and not registers) or (gated and not scaled)):
         have = 'positions neither as a table nor as DINOv3' if rotary else 'a SwiGLU without layer scale, as EVA-02'
         raise ValueError(
-            f'checkpoint: wanted a ViT with a table of positions, or DINOv3, got {have}: its positions may be of a kind '
-            "that is not known here. If they are not, say so by rope=None or rope='dinov3'"
+            f'checkpoint: wanted a ViT with a table of positions, or DINOv3, got {have}, whose positions may be of a '
+            "kind that is not known here. If they are not, say so by rope=None or rope='dinov3'"
         )
     return dict(
         found,

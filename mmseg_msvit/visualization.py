@@ -162,6 +162,56 @@ def sample_figure(
     )
 
 
+def sample_pictures(
+    backbone: MixedScale,
+    tokens: TokenMap,
+    decision: Decision,
+    image: np.ndarray,
+    sample: SegDataSample,
+    dense: np.ndarray,
+    palette: Sequence[Sequence[int]],
+) -> Dict[str, np.ndarray]:
+    """What a segmentor made of one image, as pictures of one size, with the image's own sharpness.
+
+    Args:
+        backbone: of the segmentor.
+        tokens: of the image alone.
+        decision: of its gates.
+        image: (H, W, 3) uint8 RGB, as it was before any resizing.
+        sample: the segmentor's result.
+        dense: (H', W') class ids of the model with all tokens.
+        palette: colours of the classes.
+
+    Returns:
+        (height, width, 3) uint8 RGB each, at least PANEL_PIXELS wide: ``tokens``; ``gate``, the probability of coarse
+        at the finest coarse level, yellow where it is 1; ``prediction`` over the image; ``difference``, red where it is
+        not the dense model's.
+    """
+    height, width = seen_size(backbone, tokens, sample)
+    scale = -(-max(PANEL_PIXELS, image.shape[1]) // width)  # whole, so that tokens have straight borders
+    size, patch = (scale * width, scale * height), scale * backbone.patch_size
+    prediction, dense = (
+        cv2.resize(labels.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+        for labels in (sample.pred_sem_seg.data[0].cpu().numpy(), dense)
+    )
+    image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+    grey = np.repeat(image.mean(2, keepdims=True), 3, 2)
+
+    def blend(colours: np.ndarray, below: np.ndarray, share: float) -> np.ndarray:
+        return (share * colours + (1 - share) * below).round().astype(np.uint8)
+
+    heat = (255 * decision.logits[0][0].sigmoid()).round().byte().cpu().numpy()
+    heat = np.kron(heat, np.ones((patch * backbone.sides[1],) * 2, np.uint8))[: size[1], : size[0]]
+    red = np.where((prediction != dense)[..., None], np.uint8([230, 30, 60]), 0.6 * grey)
+    rows, levels = tokens.cover[0, 0].cpu().numpy(), tokens.levels()[0].cpu().numpy()
+    return dict(
+        tokens=draw_tokens(image, rows, levels, patch, backbone.sides),
+        gate=blend(cv2.applyColorMap(heat, cv2.COLORMAP_VIRIDIS)[..., ::-1], grey, 0.7),
+        prediction=blend(paint_classes(prediction, palette), image, 0.6),
+        difference=red.astype(np.uint8),
+    )
+
+
 def to_rgb(inputs: Tensor) -> np.ndarray:
     """What mmseg's pipelines pack, (C, H, W) in BGR, as a picture (H, W, 3) uint8 RGB."""
     pixels = (

@@ -1,0 +1,133 @@
+"""One image through a segmentor at any threshold or budget, beside the same model with all tokens."""
+
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import lru_cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Iterator, NamedTuple
+
+import cv2
+import numpy as np
+from torch import nn
+
+from .command_line import InputError
+from .flops import HeadMacs, image_grid, pass_costs
+from .inspection import find_msvit, look
+from .testset import FileReader
+from .timing import timed
+from .visualization import sample_pictures
+
+# Larger images are reduced: a look should take no longer than a hand at a slider waits.
+LONGEST = 768
+KNOBS = ('threshold', 'budget')
+
+
+class Opened(NamedTuple):
+    """An image, and what the dense model makes of it."""
+
+    pixels: np.ndarray  # (H, W, 3) uint8 RGB
+    data: dict  # what the test pipeline made of it
+    prediction: np.ndarray  # (H', W') class ids
+    milliseconds: float
+
+
+@contextmanager
+def all_fine(model: nn.Module) -> Iterator[None]:
+    """No region is coarse inside the ``with`` block, and images keep their size: the dense model."""
+    backbone = find_msvit(model)
+    select = backbone.select
+    before = select.threshold, select.token_budget, backbone.input_scale
+    select.threshold, select.token_budget, backbone.input_scale = 1.0, None, 1.0
+    try:
+        yield
+    finally:
+        select.threshold, select.token_budget, backbone.input_scale = before
+
+
+class Explorer:
+    """A segmentor, and the images that it was asked for last, which it looks at again and again.
+
+    Args:
+        model: with an MSViT.
+        reader: of its config.
+    """
+
+    def __init__(self, model: nn.Module, reader: FileReader):
+        self.model, self.reader = model, reader
+        self.backbone, self.heads = find_msvit(model), HeadMacs(model)
+        self.open = lru_cache(maxsize=4)(self._open)
+
+    def _open(self, image: bytes) -> Opened:
+        """Decodes an image, and runs the dense model twice: the first time warms up.
+
+        Raises:
+            InputError: it is no picture.
+        """
+        pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR) if image else None
+        if pixels is None:
+            raise InputError('image: wanted a picture (JPEG, PNG, WebP, BMP), got a file that is none or is broken')
+        shrink = min(1, LONGEST / max(pixels.shape))
+        pixels = cv2.resize(pixels, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / 'image.png'
+            cv2.imwrite(str(path), pixels)
+            data, _ = self.reader.read(path)
+        with all_fine(self.model):
+            self._timed(data)
+            milliseconds, (sample, _, _) = self._timed(data)
+        return Opened(pixels[..., ::-1], data, sample.pred_sem_seg.data[0].cpu().numpy(), milliseconds)
+
+    def _timed(self, data: dict) -> tuple:
+        """Milliseconds of :func:`look`, and what it returns."""
+        data = deepcopy(data)  # the model writes into its samples
+        seconds, found = timed(partial(look, self.model), data, next(self.model.parameters()).device)
+        return 1000 * seconds, found
+
+    def look(self, image: bytes, knob: str, value: float) -> dict:
+        """What the model makes of an image.
+
+        Args:
+            image: the file.
+            knob: ``'threshold'`` of the gate, or ``'budget'``, a share of the dense model's tokens.
+            value: in [0, 1]; more of either is more tokens.
+
+        Returns:
+            ``tokens`` and ``dense_tokens``; ``gmacs`` and ``dense_gmacs`` of the whole segmentor; ``milliseconds`` and
+            ``dense_milliseconds`` of one pass; ``agreement`` with the dense model, a share of the pixels; ``classes``
+            that are predicted, name -> colour, the most common first; and ``pictures`` by :func:`.sample_pictures`.
+
+        Raises:
+            InputError: the image is no picture, or the knob or its value is none.
+        """
+        if knob not in KNOBS or not 0 <= value <= 1:
+            raise InputError(f'{knob}: wanted a threshold or a budget in [0, 1], got {value:g}')
+        opened = self.open(image)
+        select = self.backbone.select
+        before = select.threshold, select.token_budget
+        if knob == 'threshold':
+            select.threshold, select.token_budget = value, None
+        else:
+            h, w = image_grid(self.backbone, *opened.data['inputs'].shape[1:])
+            select.token_budget = max(1, value * (h * w + select.prefix))
+        try:
+            milliseconds, (sample, tokens, decision) = self._timed(opened.data)
+        finally:
+            select.threshold, select.token_budget = before
+        prediction = sample.pred_sem_seg.data[0].cpu().numpy()
+        (cost,) = pass_costs(self.backbone, tokens, self.heads)
+        names, palette = self.reader.dataset.metainfo['classes'], self.reader.palette
+        pixels = np.bincount(prediction.ravel(), minlength=len(names))
+        return dict(
+            tokens=cost['tokens'],
+            dense_tokens=cost['dense_tokens'],
+            gmacs=cost['total'] / 1e9,
+            dense_gmacs=cost['dense_total'] / 1e9,
+            milliseconds=milliseconds,
+            dense_milliseconds=opened.milliseconds,
+            agreement=float((prediction == opened.prediction).mean()),
+            classes={names[i]: palette[i] for i in (-pixels).argsort(kind='stable') if pixels[i]},
+            pictures=sample_pictures(
+                self.backbone, tokens, decision, opened.pixels, sample, opened.prediction, palette
+            ),
+        )
