@@ -59,6 +59,7 @@ setup(
     ],
     extras_require={
         'classification': ['mmpretrain>=1.2.0'],
+        'demo': ['flask', 'matplotlib', 'pillow>=10.1', 'rich'],
         'export': ['onnx', 'onnxruntime', 'onnxscript', 'rich'],
         'tools': ['jinja2', 'matplotlib', 'rich'],
     },

@@ -51,7 +51,9 @@ def test_more_of_either_knob_is_more_tokens(explorer, image):
         tokens, gmacs = ([f[what] for f in found] for what in ('tokens', 'gmacs'))
         assert tokens == sorted(tokens) and gmacs == sorted(gmacs) and tokens[0] < tokens[-1] == 37
         assert found[-1]['agreement'] == 1 and gmacs[-1] >= found[-1]['dense_gmacs']  # and the gate
-        assert all(f['agreement'] <= 1 and f['tokens'] <= value * 37 for f, value in zip(found, values) if knob == 'budget')
+        assert all(
+            f['agreement'] <= 1 and f['tokens'] <= value * 37 for f, value in zip(found, values) if knob == 'budget'
+        )
     assert explorer.backbone.select.threshold == 0.3 and explorer.backbone.select.token_budget is None
     assert explorer.open.cache_info().misses == 1  # the dense model ran for the first look alone
 
@@ -82,7 +84,9 @@ def test_without_a_checkpoint_it_says_where_to_get_one(tool, monkeypatch, tmp_pa
     shutil.copytree(ROOT / 'tools', tmp_path / 'tools')
     monkeypatch.setattr('conftest.ROOT', tmp_path)
     end = tool('demo.py')
-    assert end.startswith(f'CHECKPOINT: wanted {tmp_path}/work_dirs/quickstart/iter_400.pth, which is not there: tools/qu')
+    assert end.startswith(
+        f'CHECKPOINT: wanted {tmp_path}/work_dirs/quickstart/iter_400.pth, which is not there: tools/qu'
+    )
     assert tool('demo.py', 'config.py') == 'CHECKPOINT: wanted the weights of config.py, got none'
 
 
@@ -127,7 +131,7 @@ def test_in_a_browser(served, tmp_path):
         for value, wanted in (('1', '141'), ('0', '36')):
             page.locator('#value').fill(value)
             expect(tokens).to_have_text(wanted)
-        page.get_by_label('budget').check()
+        page.get_by_role('radio', name='budget').check()
         page.locator('#value').fill('0.5')
         expect(tokens).to_have_text('69')
         assert page.evaluate('[...document.images].map(i => i.naturalWidth)') == [672] * 4

@@ -1,4 +1,4 @@
-"""A page to play with: drop an image, move the threshold or the budget, and see what the tokens cost and what they keep.
+"""A page to play with: drop an image, move threshold or budget, and see what the tokens cost and what they keep.
 
     python tools/demo.py                       # the model that tools/quickstart.sh has trained
     python tools/demo.py CONFIG CHECKPOINT     # any segmentor with an MSViT, such as tools/fit_gate.py makes
