@@ -59,7 +59,7 @@ setup(
     ],
     extras_require={
         'classification': ['mmpretrain>=1.2.0'],
-        'demo': ['flask', 'matplotlib', 'pillow>=10.1', 'rich'],
+        'demo': ['flask', 'matplotlib', 'pillow>=10.4', 'rich'],
         'export': ['onnx', 'onnxruntime', 'onnxscript', 'rich'],
         'tools': ['jinja2', 'matplotlib', 'rich'],
     },

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, randomize
 from mmseg.registry import MODELS
+from PIL import Image
 
 from mmseg_msvit.command_line import InputError
 from mmseg_msvit.explorer import Explorer, all_fine
@@ -90,12 +91,32 @@ def test_without_a_checkpoint_it_says_where_to_get_one(tool, monkeypatch, tmp_pa
     assert tool('demo.py', 'config.py') == 'CHECKPOINT: wanted the weights of config.py, got none'
 
 
+def save(config, folder):
+    """CONFIG and CHECKPOINT for a command line."""
+    torch.save(build(config).state_dict(), folder / 'weights.pth')
+    config.dump(str(folder / 'config.py'))
+    return folder / 'config.py', folder / 'weights.pth'
+
+
+@pytest.mark.slow
+def test_animation_and_picture(config, scenes, tool, tmp_path):
+    out = '--animation', tmp_path / 'demo.webp', '--picture', tmp_path / 'photo.jpg'
+    image = scenes / 'images/val/0000.png'
+    assert tool('demo_animation.py', *save(config, tmp_path), image, *out) is None
+    picture, animation = Image.open(tmp_path / 'photo.jpg'), Image.open(tmp_path / 'demo.webp')
+    assert picture.width == 1600 and animation.width == 960 and animation.n_frames == 22
+    first = np.asarray(animation.convert('RGB')).astype(int)
+    animation.seek(11)
+    left, right = np.split(abs(np.asarray(animation.convert('RGB')) - first), 2, axis=1)
+    assert left.mean() > right.mean() > 0  # tokens change more than the prediction
+    end = tool('demo_animation.py', 'config.py', 'weights.pth', 'no.png')
+    assert end == 'image: wanted a file, got no.png, which is not there'
+
+
 @pytest.fixture
 def served(config, tmp_path):
     """The address of the tool, as a user starts it."""
-    torch.save(build(config).state_dict(), tmp_path / 'weights.pth')
-    config.dump(str(tmp_path / 'config.py'))
-    command = [sys.executable, '-W', 'ignore', 'tools/demo.py', tmp_path / 'config.py', tmp_path / 'weights.pth']
+    command = [sys.executable, '-W', 'ignore', 'tools/demo.py', *save(config, tmp_path)]
     tool = subprocess.Popen(
         [*map(str, command), '--port', '0'], cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, text=True
     )
@@ -116,6 +137,7 @@ def test_in_a_browser(served, tmp_path):
     colours = np.kron(np.random.default_rng(0).integers(0, 256, (5, 7, 3)), np.ones((32, 32, 1))).astype(np.uint8)
     cv2.imwrite(str(tmp_path / 'image.jpg'), colours)
     (tmp_path / 'broken.jpg').write_bytes(b'no picture')
+    expect.set_options(timeout=60000)  # on a machine with other work
     with sync_playwright() as play:
         page = play.chromium.launch(executable_path=browser, args=['--no-sandbox']).new_page()
         asked, errors = [], []
@@ -123,7 +145,7 @@ def test_in_a_browser(served, tmp_path):
         page.on('pageerror', lambda error: errors.append(str(error)))
         page.goto(served)
         tokens = page.locator('#tokens')
-        expect(tokens).to_be_visible(timeout=20000)  # of the example
+        expect(tokens).to_be_visible()  # of the example
         expect(page.locator('#numbers')).to_contain_text('of 37')
 
         page.set_input_files('#file', tmp_path / 'image.jpg')  # 224 x 160 pixels are 14 x 10 cells

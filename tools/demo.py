@@ -9,6 +9,7 @@ The page is served to this machine alone and loads nothing from anywhere else. N
 
 import argparse
 import base64
+import logging
 from pathlib import Path
 from threading import Lock
 from typing import Optional
@@ -95,6 +96,7 @@ def main() -> None:
 
     config = load_config(args.config)
     explorer = Explorer(load_model(config, args.checkpoint, args.device), FileReader(config))
+    logging.getLogger('werkzeug').setLevel(logging.WARNING)  # not a line for each look
     server = make_server('127.0.0.1', args.port, make_app(explorer, args.config, find_example(config)), threaded=True)
     print(f'http://127.0.0.1:{server.server_port} shows {args.config}; Ctrl+C ends it', flush=True)
     try:

@@ -17,7 +17,7 @@ from mmseg_msvit.command_line import InputError, one_line_errors
 from mmseg_msvit.explorer import Explorer
 from mmseg_msvit.testset import FileReader, load_config, load_model
 
-FRAMES, MILLISECONDS = 14, 220
+FRAMES, MILLISECONDS = 12, 250
 GAP, TEXT = 12, (34, 34, 34)
 
 
