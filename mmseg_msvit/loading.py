@@ -5,6 +5,7 @@ import math
 import os
 import re
 from functools import partial
+from operator import mul
 from typing import Dict, Union
 
 from mmengine.logging import print_log
@@ -82,7 +83,10 @@ def family(tensors: Dict[str, Tensor]) -> type:
 
 def _of_all(tensors: Dict[str, Tensor], given: dict) -> dict:
     """Arguments that all families have."""
-    dims, channels, patch, _ = tensors[PATCH_WEIGHT].shape
+    shape = tuple(tensors[PATCH_WEIGHT].shape)
+    if len(shape) != 4 or shape[2] != shape[3]:
+        raise ValueError(f'checkpoint: wanted an embedding of square patches (C, channels, p, p), got {shape}')
+    dims, channels, patch, _ = shape
     levels = _count(tensors, 'coarser_gates') + 1
     kind = next((kind for name, kind in GATES.items() if name in tensors), 'VarianceGate')
     return dict(
@@ -95,7 +99,7 @@ def _of_all(tensors: Dict[str, Tensor], given: dict) -> dict:
         norm_cfg=dict(type='LN', eps=1e-6),
         patch_norm='patch_embed.norm.weight' in tensors,
         final_norm='ln1.weight' in tensors,
-        scales=tuple(given.get('patch_size', patch) * 2**level for level in range(levels + 1)),
+        scales=tuple(patch * 2**level for level in range(levels + 1)),
         gate=dict(type=kind),
         coarse_embed='resize+detail' if 'coarse_detail.weight' in tensors else 'resize',
         out_detail='residual' if 'out_details.0.weight' in tensors else 'none',
@@ -156,9 +160,11 @@ def _heads(tensors: Dict[str, Tensor], dims: int) -> int:
 
 
 def _mlp_ratio(tensors: Dict[str, Tensor], dims: int) -> int:
-    last = tensors.get('layers.0.ffn.w3.weight')
-    width = (lambda ratio: ratio * dims) if last is None else partial(swiglu_width, dims)
-    hidden = tensors['layers.0.ffn.layers.1.weight' if last is None else 'layers.0.ffn.w3.weight'].shape[1]
+    gated, plain = (tensors.get(f'layers.0.ffn.{name}.weight') for name in ('w3', 'layers.1'))
+    if gated is None and plain is None:
+        return 4  # of blocks of another kind, which are refused by their names
+    hidden = (plain if gated is None else gated).shape[1]
+    width = partial(mul, dims) if gated is None else partial(swiglu_width, dims)
     for ratio in range(1, 17):
         if width(ratio) == hidden:
             return ratio

@@ -146,3 +146,13 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
         load_backbone(tmp_path / 'broken.pth')
     with pytest.raises(ValueError, match='checkpoint: wanted tensors'):
         load_backbone({})
+
+
+def test_patches_of_another_shape_and_blocks_of_another_kind_are_refused():
+    weights = build_msvit(out_indices=-1).state_dict()
+    video = {**weights, 'patch_embed.projection.weight': torch.zeros(32, 3, 2, 16, 16)}
+    with pytest.raises(ValueError, match=r'square patches \(C, channels, p, p\), got \(32, 3, 2, 16, 16\)'):
+        load_backbone(video, num_heads=2)
+    experts = {name.replace('ffn.', 'experts.'): tensor for name, tensor in weights.items()}
+    with pytest.raises(ValueError, match=r'layers.0.experts.layers.0.0.weight finds no place'):
+        load_backbone(experts, num_heads=2)
