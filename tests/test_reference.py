@@ -19,7 +19,8 @@ def test_page_is_what_the_tool_writes_now():
 
 def test_all_that_is_registered_is_there_and_every_option_has_a_meaning():
     titles = re.findall(r'^### (\w+)$', PAGE, re.MULTILINE)
-    assert set(mmseg_msvit.__all__) <= set(titles) and len(titles) == len(set(titles))
+    classes = {name for name in mmseg_msvit.__all__ if isinstance(getattr(mmseg_msvit, name), type)}
+    assert classes <= set(titles) and len(titles) == len(set(titles))
     rows = re.findall(r'^\| `(\w+)` \| (.*?) \| (.*) \|$', PAGE, re.MULTILINE)
     assert len(rows) > 40 and not [name for name, _, meaning in rows if not meaning]
 
