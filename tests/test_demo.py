@@ -126,11 +126,16 @@ def served(config, tmp_path):
     tool.wait()
 
 
-@pytest.mark.slow
-def test_in_a_browser(served, tmp_path):
-    browser = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-    if browser is None:
+@pytest.fixture
+def browser():
+    found = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if found is None:
         pytest.skip('needs a Chromium to play with the page')
+    return found
+
+
+@pytest.mark.slow
+def test_in_a_browser(browser, served, tmp_path):
     from playwright.sync_api import expect, sync_playwright
 
     assert served.startswith('http://127.0.0.1:')
