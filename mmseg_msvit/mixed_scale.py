@@ -32,7 +32,7 @@ from .embedding import (
 from .gate_losses import GateLoss
 from .gate_slot import GateLossSlot
 from .gates import Gate
-from .positions import table_positions
+from .positions import table_positions, wide
 from .reading import read_checkpoint, tensors_below
 from .selection import Decision, TokenSelector, candidate_number, raise_not_finite
 from .tokens import Grid, PackedTokens, TokenMap, region_grid
@@ -294,7 +294,8 @@ class MixedScale(GateLossSlot):
         if not self.reduces:
             return images
         grid = self.reduced_grid(region_grid(images.shape[2:], self.patch_size))
-        return F.interpolate(images, [cells * self.patch_size for cells in grid], mode='bilinear', antialias=True)
+        size = [cells * self.patch_size for cells in grid]
+        return F.interpolate(wide(images), size, mode='bilinear', antialias=True).to(images.dtype)
 
     def embed(self, images: Tensor, tokens: TokenMap) -> Tensor:
         """Makes the tokens that are kept, and no others, with their positions: (N, C).

@@ -19,6 +19,11 @@ from .tracing import traced
 ANTIALIAS = '-antialias'
 
 
+def wide(x: Tensor) -> Tensor:
+    """As float32 where it is less: what interpolates has no half-precision kernel on CPUs, and loses digits in one."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def resample_table(table: Tensor, size: Grid, mode: str) -> Tensor:
     """A table of positions (1, C, gh, gw) on another grid: (1, C, h, w).
 
@@ -32,7 +37,7 @@ def resample_table(table: Tensor, size: Grid, mode: str) -> Tensor:
     antialias = mode.endswith(ANTIALIAS)
     mode = mode[: -len(ANTIALIAS)] if antialias else mode
     align = None if mode in ('nearest', 'area', 'nearest-exact') else False
-    resized = F.interpolate(table.float(), size=tuple(size), mode=mode, align_corners=align, antialias=antialias)
+    resized = F.interpolate(wide(table), size=tuple(size), mode=mode, align_corners=align, antialias=antialias)
     return resized.to(table.dtype)
 
 
