@@ -178,6 +178,18 @@ def refuse(wrong: Dict[str, str], report: object = '') -> None:
     )
 
 
+def refuse_not_finite(tensors: Dict[str, Tensor], prefix: str = '') -> None:
+    """Raises a ValueError if a weight below the prefix is NaN or infinite: a model would answer with one class only."""
+    broken = [
+        name
+        for name, tensor in tensors.items()
+        if name.startswith(prefix) and tensor.is_floating_point() and not tensor.isfinite().all()
+    ]
+    if broken:
+        names = ', '.join(_grouped(broken))
+        raise ValueError(f'checkpoint: wanted finite weights, got NaN or infinite ones in {names}')
+
+
 def _advice(wrong: Dict[str, str]) -> List[str]:
     """What to set, for all that is wrong."""
     blocks = tuple(name[: -len('ln1.weight')] for name in wrong if re.fullmatch(r'layers\.\d+\.ln1\.weight', name))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .blocks import Block, Places, block_of
-from .checkpoint import ADDED, adapt, fit, misshapen, refuse
+from .checkpoint import ADDED, adapt, fit, misshapen, refuse, refuse_not_finite
 from .embedding import (
     CoarseDetail,
     PatchRows,
@@ -221,8 +221,10 @@ class MixedScale(GateLossSlot):
         """Before any ``load_state_dict``: brings what is of another image size, or without patch bias, to this model.
 
         Raises:
-            ValueError: a tensor of the ViT itself has another shape; mmengine alone would go on with a random one.
+            ValueError: a tensor of the ViT itself has another shape; mmengine alone would go on with a random one. Or
+                it is not finite.
         """
+        refuse_not_finite(state_dict, prefix)
         for name, how in adapt(self, state_dict, prefix).items():
             print_log(f'{prefix}{name} {how}', logger='current')
         shapes = misshapen(self, state_dict, prefix)

@@ -48,7 +48,13 @@ def read_checkpoint(path: Union[str, Path]) -> dict:
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(path, str(file))  # which moves a whole file there, or none
-        return read_checkpoint(str(file))
+        try:
+            return read_checkpoint(str(file))
+        except _WantsMore:
+            raise
+        except ValueError as error:  # a page in the file's place, or a connection that broke off: not to be kept
+            file.unlink()
+            raise ValueError(f'{error}. It came from {path}, and is removed') from error
     if '://' in path:
         return CheckpointLoader.load_checkpoint(path, map_location='cpu')
     file = Path(path).expanduser()
@@ -62,7 +68,10 @@ def read_checkpoint(path: Union[str, Path]) -> dict:
         if file.suffix == '.npz':
             with np.load(file, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        return _read_torch(file)
+        found = _read_torch(file)
+        if not isinstance(found, dict):
+            raise TypeError(f'it holds a {type(found).__name__} in place of named tensors')
+        return found
     except (_WantsMore, ImportError):
         raise
     except Exception as error:  # each format has errors of its own

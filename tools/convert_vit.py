@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from mmseg_msvit.checkpoint import refuse_not_finite
 from mmseg_msvit.layouts import fold_layer_scale, rename
 from mmseg_msvit.reading import read_checkpoint, unwrap
 
@@ -30,6 +31,7 @@ def main() -> None:
     foreign = [name for name in tensors if name.endswith(FOREIGN)]
     if foreign or 'pos_embed' not in tensors:
         parser.error(f"SRC: wanted what mmseg's ViT has, got {(foreign or ['no pos_embed'])[0]}: MSViT reads this file")
+    refuse_not_finite(tensors)
     fold_layer_scale(tensors)  # mmseg's ViT has none
     unfinished = args.dst.with_name(args.dst.name + '.unfinished')
     torch.save(tensors, unfinished)
