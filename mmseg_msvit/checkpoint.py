@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Dict, List, Tuple
 
 import torch
+from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
 
 from .layouts import fold_layer_scale, rename
+from .reading import read_checkpoint, unwrap
 from .resampling import resample_grid, resample_patch, resample_positions, resample_relative
 
 PATCH_WEIGHT = 'patch_embed.projection.weight'
@@ -188,6 +190,29 @@ def refuse_not_finite(tensors: Dict[str, Tensor], prefix: str = '') -> None:
     if broken:
         names = ', '.join(_grouped(broken))
         raise ValueError(f'checkpoint: wanted finite weights, got NaN or infinite ones in {names}')
+
+
+def load_segmentor(model: nn.Module, path: str) -> None:
+    """Loads a segmentor's weights: as mmengine does, but runs nothing in the file, and takes none without the head.
+
+    Args:
+        model: with a backbone of any class.
+        path: a training checkpoint or bare weights, a file or an address.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read; a tensor of the head is missing; or one is of another shape, or not finite.
+    """
+    weights = unwrap(read_checkpoint(path))
+    refuse_not_finite(weights)
+    adapts = hasattr(model.backbone, 'may_lack')  # an MSViT, which sees to its own weights when they are loaded
+    wrong = misshapen(model, weights)
+    wrong = {name: how for name, how in wrong.items() if not (adapts and name.startswith('backbone.'))}
+    head = (f'decode_head.{name}' for name in model.decode_head.state_dict())
+    wrong.update({name: MISSING for name in head if name not in weights})
+    if wrong:
+        raise ValueError(f'checkpoint: wanted the weights of this very model, got {"; ".join(_listed(wrong, 4))}')
+    load_state_dict(model, weights)
 
 
 def _advice(wrong: Dict[str, str]) -> List[str]:

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
-from mmengine.runner import load_checkpoint
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .checkpoint import load_segmentor
 from .gate_losses import ShareLoss, gather_batch
 from .inspection import find_msvit, looking_at
 from .selection import Decision
@@ -128,7 +128,7 @@ class Teacher:
         config = Config.fromfile(self.config) if isinstance(self.config, str) else Config(dict(self.config))
         config.model.pretrained = None
         model = revert_sync_batchnorm(MODELS.build(config.model))
-        load_checkpoint(model, self.checkpoint, map_location='cpu')
+        load_segmentor(model, self.checkpoint)
         for module in model.modules():
             if hasattr(module, 'observers'):
                 module.observers = ()  # metrics count what the pupil does

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Tuple, Union
+from typing import Iterator, List, Optional, Tuple, Union
 
 import cv2
 import numpy as np
@@ -11,16 +11,14 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dataset import BaseDataset
 from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
-from mmengine.runner.checkpoint import load_state_dict
 from mmseg.apis import init_model
 from mmseg.registry import DATASETS, TRANSFORMS
 from rich.progress import track
-from torch import Tensor, nn
+from torch import nn
 
-from .checkpoint import MISSING, misshapen, refuse_not_finite
+from .checkpoint import load_segmentor
 from .command_line import InputError
 from .mixed_scale import MixedScale
-from .reading import read_checkpoint, unwrap
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
 # What decoders raise at a file that is no picture.
@@ -65,29 +63,13 @@ def load_model(
     check_backbone(model, wanted, config.filename)
     if checkpoint is not None:
         try:
-            _load_weights(model, unwrap(read_checkpoint(checkpoint)))
+            load_segmentor(model, checkpoint)
         except (OSError, ValueError) as error:
             raise InputError(
                 f'CHECKPOINT: wanted weights of {config.filename}, got {checkpoint}, which cannot be read: '
                 f'{_first_line(error)}'
             ) from error
     return model.to(device)
-
-
-def _load_weights(model: nn.Module, weights: Dict[str, Tensor]) -> None:
-    """Loads a segmentor's weights; unlike mmengine, not without its head.
-
-    Raises:
-        ValueError: a tensor of the head is missing, or one of the model is of another shape or not finite.
-    """
-    refuse_not_finite(weights)
-    wrong = {name: how for name, how in misshapen(model, weights).items() if not name.startswith('backbone.')}
-    head = (f'decode_head.{name}' for name in model.decode_head.state_dict())
-    wrong.update({name: MISSING for name in head if name not in weights})
-    if wrong:
-        name, how = next(iter(wrong.items()))
-        raise ValueError(f'{name} {how}' + (f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''))
-    load_state_dict(model, weights)
 
 
 def check_backbone(model: nn.Module, wanted: Union[type, Tuple[type, ...]], path: str) -> None:
