@@ -106,6 +106,11 @@ def load_testset(config: Config) -> BaseDataset:
         dataset = DATASETS.build(dataset)
     except FileNotFoundError as error:
         raise InputError(f'CONFIG: the test set of {config.filename} is not there: {_first_line(error)}') from error
+    except ValueError as error:  # mmengine's, of a folder without images
+        raise InputError(
+            f'CONFIG: wanted images in the test set of {config.filename}, got none that can be listed: '
+            f'{_first_line(error)}'
+        ) from error
     if not len(dataset):
         raise InputError(f'CONFIG: wanted images in the test set of {config.filename}, got none')
     return dataset

@@ -41,6 +41,9 @@ def test_ten_kills_change_neither_the_end_nor_what_is_remembered(scenes, tmp_pat
     for step, maps in [attempt['at'] for attempt in result['left']] + [result['end']]:
         assert maps == min(2 * step, 64)  # two images in a step
     assert result['end'][0] == 40
-    ends = {name: sum(loss for step, loss in dict(losses).items() if step > 30) / 10 for name, losses in result['losses'].items()}
+    ends = {
+        name: sum(loss for step, loss in dict(losses).items() if step > 30) / 10
+        for name, losses in result['losses'].items()
+    }
     assert 0.7 < ends['killed'] / ends['whole'] < 1.4, ends
     assert {step for step, _ in result['losses']['killed']} == set(range(1, 41))

@@ -338,6 +338,12 @@ def test_tools_take_a_model_with_a_head_on_tokens(config, scenes, tool, tmp_path
     found = json.loads((tmp_path / 'f.json').read_text())
     assert 0 < found['head']['of_dense'] < 1
     assert tool('show_tokens.py', *converted, scenes / 'images/val', '--out', tmp_path / 'pictures') is None
+    assert tool('analyze_gate.py', *converted, '--out', tmp_path / 'a.json') is None
+    assert json.loads((tmp_path / 'a.json').read_text())['images'] == 3
+    curve = ['--thresholds', 0, 1, '--device', 'cpu', '--out', tmp_path / 'curve']
+    assert tool('tradeoff.py', f'ours={converted[0]},{converted[1]}', *curve) is None
+    low, high = json.loads((tmp_path / 'curve/tradeoff.json').read_text())['curves']['ours']
+    assert low['tokens'] < high['tokens'] and low['head_gmacs'] < high['head_gmacs']
     line = [
         'benchmark.py',
         out / 'config.py',
