@@ -185,7 +185,7 @@ def refuse_not_finite(tensors: Dict[str, Tensor], prefix: str = '') -> None:
     broken = [
         name
         for name, tensor in tensors.items()
-        if name.startswith(prefix) and tensor.is_floating_point() and not tensor.isfinite().all()
+        if name.startswith(prefix) and isinstance(tensor, Tensor) and not tensor.isfinite().all()
     ]
     if broken:
         names = ', '.join(_grouped(broken))
