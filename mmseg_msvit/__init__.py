@@ -1,5 +1,6 @@
 """MSViT for MMSegmentation. Importing it registers the classes that :data:`__all__` names in mmseg's registries."""
 
+from . import versions  # noqa: F401  # isort: split  (before mmseg, which fails on a wrong mmcv and says less)
 from .backbone import MSViT
 from .beit import MSMAE, MSBEiT
 from .doubt import DoubtLoss
