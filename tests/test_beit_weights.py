@@ -12,11 +12,14 @@ from mmseg.registry import MODELS
 from scipy.interpolate import RectBivariateSpline
 from timm.models.beit import Beit as TimmBeit
 from timm.models.vision_transformer import VisionTransformer as TimmViT
-from transformers import BeitConfig, BeitModel
-from transformers.utils.logging import disable_progress_bar
 
 from mmseg_msvit.checkpoint import fit
 from mmseg_msvit.resampling import resample_relative
+
+pytest.importorskip('transformers')
+
+from transformers import BeitConfig, BeitModel  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 disable_progress_bar()
 

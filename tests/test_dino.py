@@ -11,7 +11,13 @@ from mmseg.registry import MODELS
 from safetensors.torch import load_file
 from timm.models.eva import checkpoint_filter_fn as read_dinov3
 from timm.models.vision_transformer import checkpoint_filter_fn as read_dinov2
-from transformers import (
+
+from mmseg_msvit.checkpoint import fit
+from mmseg_msvit.resampling import resample_patch
+
+pytest.importorskip('transformers')
+
+from transformers import (  # noqa: E402
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
@@ -19,10 +25,7 @@ from transformers import (
     DINOv3ViTConfig,
     DINOv3ViTModel,
 )
-from transformers.utils.logging import disable_progress_bar
-
-from mmseg_msvit.checkpoint import fit
-from mmseg_msvit.resampling import resample_patch
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 disable_progress_bar()
 

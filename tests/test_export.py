@@ -4,7 +4,7 @@ import json
 import runpy
 import subprocess
 import sys
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -62,7 +62,7 @@ SEGMENTORS = {
 }  # fmt: skip
 
 
-@lru_cache(maxsize=None)
+@cache
 def segmentor(name):
     """One whose gate says many things, with random weights."""
     torch.manual_seed(0)
@@ -79,13 +79,13 @@ def exported(tmp_path_factory):
     """Call with a segmentor's name and options of the export: gives the file, made once."""
     folder = tmp_path_factory.mktemp('onnx')
 
-    @lru_cache(maxsize=None)
+    @cache
     def make(name, int8=False, **options):
         path = folder / f'{name}-{int8}-{options}.onnx'
         save_onnx(program(name, **options), path, dict(made='"by a test"'), int8)
         return path
 
-    @lru_cache(maxsize=None)
+    @cache
     def program(name, **options):
         return export_onnx(segmentor(name), **options)
 
