@@ -20,7 +20,6 @@ from .distributions import beta_cdf, normal_cdf, relaxed_bernoulli_cdf
 from .embedding import patchify
 from .selection import Decision
 from .tokens import TokenMap
-from .versions import before_load_state_dict
 
 IGNORE_INDEX = 255
 
@@ -211,7 +210,7 @@ class GeneralizedBatchShapingLoss(ShareLoss):
         # (memory_size, gh, gw), latest first; -1 where nothing has been seen yet. Of one shape always: averaging hooks
         # and checkpoints copy buffers into each other.
         self.register_buffer('memory', torch.full((memory_size, *self.grid), -1.0))
-        before_load_state_dict(self, GeneralizedBatchShapingLoss._fit_loaded_memory)
+        self.register_load_state_dict_pre_hook(GeneralizedBatchShapingLoss._fit_loaded_memory)
 
     def forward(self, logits: Tensor, data_samples: Sequence = ()) -> Tensor:
         m = gather_batch(logits.sigmoid())  # (n, hc, wc), of all ranks

@@ -8,8 +8,7 @@ import os
 import pickle
 import re
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Dict, Iterator, List, Tuple, Union
+from typing import Dict, Iterator, Tuple, Union
 from urllib.parse import urlparse
 
 import mmengine
@@ -21,17 +20,11 @@ from mmengine.utils import digit_version
 from torch import Tensor
 
 from .layouts import AVERAGED
-from .versions import BEFORE_TORCH_26
 
 # What training loops put beside the weights. Read as empty shells: the weights need none of it.
 SHELLED = re.compile(
     r'mmengine\.logging\.history_buffer\.HistoryBuffer|numpy\..*|builtins\.getattr|collections\..*'
     r'|argparse\.Namespace|pathlib\.\w*Path'
-)
-# What tensors are made of, where torch does not say so itself.
-TENSORS = re.compile(
-    r'collections\.OrderedDict|torch\._utils\._rebuild_(tensor_v2|parameter)|torch\.(Size|\w+Storage|b?float\w*|u?int\w*)'
-    r'|torch\.storage\.(Typed|Untyped)Storage'
 )
 # Where checkpoints keep their weights, in the order of preference.
 WRAPPERS = (*AVERAGED, 'state_dict', 'model', 'module', 'model_state_dict')
@@ -99,47 +92,20 @@ class _Shell:
         pass
 
 
-class _ShellUnpickler(pickle.Unpickler):
-    """Makes tensors, shells, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> object:
-        full = f'{module}.{name}'
-        if TENSORS.fullmatch(full):
-            return super().find_class(module, name)
-        if SHELLED.fullmatch(full):
-            return _Shell
-        raise _WantsMore(full)
-
-
 def _read_torch(file: Path) -> dict:
     try:
         return torch.load(file, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError:
-        if BEFORE_TORCH_26:
-            return _read_by_names(file)
         wanted = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         more = [name for name in wanted if not SHELLED.fullmatch(name)]
         if more or not wanted:
-            raise _could_run_code(file, more) from None
+            raise _WantsMore(
+                f'checkpoint: wanted tensors, got {file}, whose pickle asks for {", ".join(more) or "unknown objects"} '
+                'and could run code. If you trust it, read it by torch.load(..., weights_only=False) and save its '
+                'state dict alone'
+            ) from None
         with torch.serialization.safe_globals([(_Shell, name) for name in wanted]):
             return torch.load(file, map_location='cpu', weights_only=True)
-
-
-def _read_by_names(file: Path) -> dict:
-    """:func:`_read_torch` on torch before 2.6, which has no list of what a file asks for."""
-    unpickler = SimpleNamespace(Unpickler=_ShellUnpickler, load=lambda f, **how: _ShellUnpickler(f, **how).load())
-    unpickler.__name__ = 'shells'
-    try:
-        return torch.load(file, map_location='cpu', pickle_module=unpickler, weights_only=False)
-    except _WantsMore as error:
-        raise _could_run_code(file, [str(error)]) from None
-
-
-def _could_run_code(file: Path, more: List[str]) -> _WantsMore:
-    return _WantsMore(
-        f'checkpoint: wanted tensors, got {file}, whose pickle asks for {", ".join(more) or "unknown objects"} and '
-        'could run code. If you trust it, read it by torch.load(..., weights_only=False) and save its state dict alone'
-    )
 
 
 @CheckpointLoader.register_scheme(
@@ -195,9 +161,9 @@ def _flat(checkpoint: dict, prefix: str = '') -> Iterator[Tuple[str, Tensor]]:
 def allow_training_checkpoints() -> None:
     """Lets ``torch.load`` read, with ``weights_only=True``, the log that mmengine keeps beside the weights.
 
-    That is torch's default since 2.6, and mmengine 0.10 chooses no other when it tests or resumes. The log is made of
-    numbers: what is allowed here runs nothing that a file brings along. numpy 1 and 2 give their functions different
-    addresses.
+    That is torch's default, and mmengine 0.10 does not choose another when it loads a checkpoint to test or to resume.
+    The log is made of numbers: what is allowed here runs nothing that a file brings along. numpy 1 and 2 give their
+    functions different addresses.
     """
     rebuild = [value.__reduce__()[0] for value in (np.zeros(1), np.float64(0))]
     rebuild = [(f, f'numpy.{core}.multiarray.{f.__name__}') for f in rebuild for core in ('core', '_core')]
@@ -214,5 +180,5 @@ def _statistic(owner: type, name: str):
     return getattr(owner, name)
 
 
-if digit_version(mmengine.__version__) < digit_version('0.11.0rc0') and not BEFORE_TORCH_26:
+if digit_version(mmengine.__version__) < digit_version('0.11.0rc0'):
     allow_training_checkpoints()

@@ -6,12 +6,10 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from .versions import is_compiling
-
 
 def traced() -> bool:
     """Whether ``torch.export`` or ``torch.compile`` is looking, to whom sizes and numbers of tokens are symbols."""
-    return is_compiling()
+    return torch.compiler.is_compiling()
 
 
 def remembered(function: Callable) -> Callable:

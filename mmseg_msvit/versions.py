@@ -1,25 +1,21 @@
-"""Versions of what the package stands on: those that it is for, and what it does where an older one lacks something."""
+"""Versions of what the package stands on: those that it is for are checked when it is imported."""
 
-from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from typing import Callable, Iterator, List
+from typing import Dict, Sequence
 
-import torch
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.utils import digit_version
-from torch import Tensor, nn
 
 # What it is called -> its distributions, the first version that will do, and the first that will not.
 WANTED = {
-    'torch': (('torch',), '2.1.0', None),
+    'torch': (('torch',), '2.6.0', None),
     'mmengine': (('mmengine', 'mmengine-lite', 'onedl-mmengine'), '0.10.0', '1.0.0'),
     'mmcv': (('mmcv', 'mmcv-lite', 'onedl-mmcv'), '2.0.0rc4', '2.4.0'),
     'mmseg': (('mmsegmentation', 'onedl-mmsegmentation'), '1.2.0', '2.0.0'),
 }
-BEFORE_TORCH_26 = digit_version(torch.__version__) < digit_version('2.6.0')
 
 
-def installed(distributions: List[str]) -> dict:
+def installed(distributions: Sequence[str]) -> Dict[str, str]:
     """Those of the distributions that are installed -> their versions."""
     found = {}
     for name in distributions:
@@ -50,49 +46,6 @@ def know_onedl() -> None:
     """Lets ``_base_ = 'mmseg::...'`` find the configs of onedl-mmsegmentation, whose name mmengine does not know."""
     if list(installed(WANTED['mmseg'][0])) == ['onedl-mmsegmentation']:
         MODULE2PACKAGE['mmseg'] = 'onedl-mmsegmentation'
-
-
-def is_compiling() -> bool:
-    """``torch.compiler.is_compiling``, which torch 2.1 lacks: no model is traced there."""
-    return torch.compiler.is_compiling() if hasattr(torch.compiler, 'is_compiling') else False
-
-
-def before_load_state_dict(module: nn.Module, hook: Callable) -> None:
-    """``register_load_state_dict_pre_hook``, which older torches call otherwise. The hook gets the module first."""
-    if hasattr(module, 'register_load_state_dict_pre_hook'):
-        module.register_load_state_dict_pre_hook(hook)
-    else:
-        module._register_load_state_dict_pre_hook(hook, with_module=True)
-
-
-def nonzero_static(mask: Tensor, size: int) -> Tensor:
-    """``torch.nonzero_static`` without its waiting for the device, for which torch before 2.6 has no CUDA kernel.
-
-    Args:
-        mask: (B, T) bool, true in so many places as size says.
-        size: N.
-
-    Returns:
-        (N, 2) int64.
-    """
-    return mask.nonzero() if mask.is_cuda and BEFORE_TORCH_26 else torch.nonzero_static(mask, size=size)
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Attention by matrix products, which a counter sees: neither fused kernels nor the fast path of whole layers."""
-    with ExitStack() as stack:
-        if hasattr(torch.nn, 'attention'):
-            stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
-        else:
-            stack.enter_context(torch.backends.cuda.sdp_kernel(enable_flash=False, enable_mem_efficient=False))
-        mha = getattr(torch.backends, 'mha', None)
-        if mha is None:  # without such a switch, the path is not taken by parameters that want a gradient
-            stack.enter_context(torch.enable_grad())
-        else:
-            stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
-            mha.set_fastpath_enabled(False)
-        yield
 
 
 check_versions()
