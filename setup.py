@@ -51,7 +51,7 @@ setup(
     install_requires=[
         'torch>=2.6.0',
         'mmengine>=0.10.0,<1.0.0',
-        'mmcv>=2.0.0rc4,<2.4.0',
+        'mmcv>=2.0.0rc4,<2.2.0',
         'mmsegmentation>=1.2.0,<2.0.0',
         'opencv-python',
         'ftfy',

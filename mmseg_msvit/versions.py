@@ -10,7 +10,8 @@ from mmengine.utils import digit_version
 WANTED = {
     'torch': (('torch',), '2.6.0', None),
     'mmengine': (('mmengine', 'mmengine-lite', 'onedl-mmengine'), '0.10.0', '1.0.0'),
-    'mmcv': (('mmcv', 'mmcv-lite', 'onedl-mmcv'), '2.0.0rc4', '2.4.0'),
+    'mmcv': (('mmcv', 'mmcv-lite'), '2.0.0rc4', '2.2.0'),  # at which mmseg 1.2.2 stops
+    'mmcv of onedl': (('onedl-mmcv',), '2.3.0', '2.4.0'),
     'mmseg': (('mmsegmentation', 'onedl-mmsegmentation'), '1.2.0', '2.0.0'),
 }
 
