@@ -1,7 +1,7 @@
 """What holds for every input, on thousands of odd ones: sizes, batches, gates, scales, families, outputs, types."""
 
 from copy import deepcopy
-from functools import lru_cache
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -56,7 +56,7 @@ def random(*shape, seed, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-@lru_cache(maxsize=None)
+@cache
 def build(family, gate='fine', levels=2, dtype=torch.float32, **options):
     """A tiny backbone with random weights, made once."""
     if dtype != torch.float32:
@@ -222,7 +222,7 @@ def test_outputs_of_whole_backbones(kind, size, images, indices, wanted, dtype, 
                 torch.testing.assert_close(part[-1:], own, **TOLERANCE[dtype])
 
 
-@lru_cache(maxsize=None)
+@cache
 def twins(dtype, **options):
     """mmseg's ViT, and ours with its weights and all tokens fine."""
     options = {**SMALL, **options}
