@@ -19,7 +19,7 @@ from .metrics import TokenMetric
 from .optim import MSViTLayerDecayConstructor
 from .token_heads import TokenLinearHead, TokenSegmenterHead
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 __all__ = [
     'BatchShapingLoss',

@@ -409,3 +409,11 @@ def test_benchmark(mode, tmp_path):
     assert rows['dense']['ratio'] == 1 and rows['dense']['tokens'] == 17
     assert rows[ours[0]]['tokens'] < 17 and rows[ours[0]]['gmacs'] < rows['dense']['gmacs']
     assert all(row['seconds'] > 0 and row['memory_mib'] > 0 for row in rows.values())
+
+
+def test_the_way_of_an_image_is_drawn(config, checkpoint, scenes, tool, tmp_path):
+    config.dump(str(tmp_path / 'config.py'))
+    image = scenes / 'images/val/0000.png'
+    assert tool('draw_mechanism.py', tmp_path / 'config.py', checkpoint, image, tmp_path / 'way.png') is None
+    height, width, _ = cv2.imread(str(tmp_path / 'way.png')).shape
+    assert width == 1200 and height > 500

@@ -69,7 +69,7 @@ def draw(model, data: dict, palette) -> Figure:
         ('1  image', image),
         ('2  gate: probability of coarse, by region', probability),
         (f'3  {used} tokens in place of {cells}', draw_tokens(image, rows, levels, patch, sides)),
-        (f'4  the pack: {used} rows of one size, through the blocks',
+        ('4  the pack, through the blocks',
          draw_pack(image, rows, levels, patch, sides, across=round((1.35 * used) ** 0.5))),
         (f'5  back on the grid of {rows.shape[0]} x {rows.shape[1]} cells', principal_colours(outputs[0])),
         ('6  any head: the prediction', paint_classes(sample.pred_sem_seg.data[0].numpy(), palette)),
