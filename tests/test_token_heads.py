@@ -331,7 +331,7 @@ def test_tools_take_a_model_with_a_head_on_tokens(config, scenes, tool, tmp_path
     config.dump(str(path))
     torch.save(MODELS.build(config.model).state_dict(), checkpoint)
     out = tmp_path / 'converted'
-    options = ['--steps', 2, '--limit', 2, '--budget', 0.6, '--device', 'cpu']
+    options = ['--steps', 2, '--limit', 2, '--budget', 0.6, '--full-size', '--device', 'cpu']
     assert tool('fit_gate.py', path, checkpoint, '--out', out, *options) is None
     converted = out / 'config.py', out / 'checkpoint.pth'
     assert tool('get_flops.py', *converted, '--json', tmp_path / 'f.json') is None
