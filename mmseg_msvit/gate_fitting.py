@@ -20,7 +20,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from .command_line import InputError
-from .comparison import areas_of, mean_iou, predict, spread
+from .comparison import areas_of, mean_iou, predict
 from .dense_pass import Example, Window, pixels
 from .doubt import doubt_scale, doubt_target, region_doubt
 from .gates import FixedGate
@@ -32,9 +32,8 @@ from .tokens import Grid
 STANDS_IN = {'VisionTransformer': 'MSViT', 'BEiT': 'MSBEiT', 'MAE': 'MSMAE'}
 STANDS_IN.update({kind: kind for kind in STANDS_IN.values()})
 GATES = dict(context='ContextGate', mlp='MLPGate')
-# Sizes of the images that are tried for a budget, and images by which they are judged.
+# Sizes of the images that are tried for a budget.
 SIZES = 5
-JUDGED = 50
 BATCH = 8
 LEARNING_RATE = 1e-3
 
@@ -158,7 +157,7 @@ def find_threshold(
 
 @torch.no_grad()
 def settle(
-    model: nn.Module, examples: List[Example], windows: List[Window], budget: float, full_size: bool = False
+    model: nn.Module, examples: List[Example], windows: List[Window], budget: float, judges: Sequence[Example] = ()
 ) -> float:
     """Sets the backbone's ``input_scale`` and its threshold, within a budget, to what is truest to the dense model.
 
@@ -169,10 +168,11 @@ def settle(
 
     Args:
         model: with fitted gates.
-        examples: by :func:`.dense_pass.gather`; ``JUDGED`` of them judge.
+        examples: by :func:`.dense_pass.gather`.
         windows: likewise.
         budget: the share of the dense tokens, cls and registers among both, over all windows.
-        full_size: whether images keep their size.
+        judges: those of the examples that judge, which the gate has not seen: it foresees less of them. Without any,
+            images keep their size.
 
     Returns:
         The share that is spent.
@@ -181,7 +181,7 @@ def settle(
         InputError: even all coarse is not within the budget.
     """
     backbone, tried = model.backbone, []
-    sizes = [1.0] if full_size else [budget ** (i / (2 * SIZES - 2)) for i in range(SIZES)]
+    sizes = [budget ** (i / (2 * SIZES - 2)) for i in range(SIZES)] if judges else [1.0]
     for size in sizes:
         backbone.input_scale = size
         try:
@@ -192,8 +192,8 @@ def settle(
             continue
         truth = 0.0
         if len(sizes) > 1:
-            judges = predict(model, spread(examples, JUDGED), f'images at {size:.0%}')
-            truth = mean_iou([areas_of(found, judge.prediction, model.num_classes) for judge, found, _ in judges])
+            judged = predict(model, judges, f'images at {size:.0%}')
+            truth = mean_iou([areas_of(found, judge.prediction, model.num_classes) for judge, found, _ in judged])
         tried.append((truth, size, backbone.select.threshold, share))
     _, backbone.input_scale, backbone.select.threshold, share = max(tried)
     return share
