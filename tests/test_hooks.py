@@ -145,6 +145,7 @@ def test_looking_at_a_model_leaves_it_as_it_was_and_chance_to_itself():
     model.backbone.layers[1].eval()
     modes = [module.training for module in model.modules()]
     metric = METRICS.build(dict(type='TokenMetric'))
+    metric.recorder.begin()  # all metrics of a process share it, those of other tests too
     masks = []
     for _ in range(3):
         with looking_at(model), record_tokens(model) as seen:
