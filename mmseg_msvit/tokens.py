@@ -102,8 +102,10 @@ class TokenMap:
 
     def against(self, x: Tensor, queries: Tensor) -> Tensor:
         """Products of each row with the queries of its image: (N, C) and (B, K, C) to (N, K)."""
-        parts = [part @ own.mT for part, own in zip(self.by_image(x), queries if self.padded is None else [queries])]
-        return torch.cat(parts) if self.padded is None else parts[0].flatten(0, 1)[self.places()]
+        if self.padded is None:
+            return torch.cat([part @ own.T for part, own in zip(self.by_image(x), queries)])
+        (rows,) = self.by_image(x)  # (B, n, C)
+        return (rows @ queries.mT).flatten(0, 1)[self.places()]
 
     def prefix_rows(self) -> Tensor:
         """(B, prefix) int64, the rows of each image's cls token and registers."""

@@ -20,7 +20,7 @@ GAP = 2  # pixels between the tokens of the pack
 
 
 def draw_pack(image: np.ndarray, rows: np.ndarray, levels: np.ndarray, patch: int, sides, across: int) -> np.ndarray:
-    """The tokens as the patch embedding sees them, all of one size, in the order of the pack, a few levels in a row.
+    """The tokens as the patch embedding sees them, all of one size, in the order of the pack.
 
     Args:
         image: (H, W, 3) uint8.
@@ -33,15 +33,15 @@ def draw_pack(image: np.ndarray, rows: np.ndarray, levels: np.ndarray, patch: in
     canvas = np.full((-(-rows.size // across) * (patch + GAP), across * (patch + GAP), 3), 255, np.uint8)
     whole = [(0, -size % (patch * sides[-1])) for size in image.shape[:2]]
     padded = np.pad(image, (*whole, (0, 0)), mode='edge')
-    order = {row: i for i, row in enumerate(np.unique(rows))}
-    for row, i in order.items():
-        y, x = np.argwhere(rows == row)[0]
+    _, firsts = np.unique(rows, return_index=True)  # of each token's cells the first one
+    for i, cell in enumerate(firsts):
+        y, x = divmod(int(cell), rows.shape[1])
         pixels = patch * sides[levels[y, x]]
         token = padded[y * patch : y * patch + pixels, x * patch : x * patch + pixels]
         token = cv2.resize(token, (patch, patch), interpolation=cv2.INTER_AREA)
         top, left = (patch + GAP) * (i // across), (patch + GAP) * (i % across)
         canvas[top : top + patch, left : left + patch] = token
-    return canvas[: -(-len(order) // across) * (patch + GAP)]
+    return canvas[: -(-len(firsts) // across) * (patch + GAP)]
 
 
 def principal_colours(features: torch.Tensor) -> np.ndarray:

@@ -65,7 +65,7 @@ else
 fi
 uv() { VIRTUAL_ENV=$venv "$venv/bin/uv" --no-config "$@"; }
 
-# The source stays in the environment, so that a build that was interrupted goes on; -g0 saves almost half of its time.
+# The source stays in the environment, so that a build that was interrupted goes on; -g0 leaves out what debuggers read.
 compile_mmcv() {
   local source=$venv/src/mmcv-2.1.0
   if [[ ! -d $source ]]; then
