@@ -5,18 +5,14 @@ from .backbone import MSViT
 from .beit import MSMAE, MSBEiT
 from .doubt import DoubtLoss
 from .flops import pass_costs
-from .gate_losses import (
-    BatchShapingLoss,
-    GeneralizedBatchShapingLoss,
-    PurityLoss,
-    TokenBudgetLoss,
-)
+from .gate_losses import BatchShapingLoss, GeneralizedBatchShapingLoss, TokenBudgetLoss
 from .gates import ContextGate, FixedGate, MLPGate, RandomGate, VarianceGate
 from .hooks import GateLossHook, TokenMapHook, ViTWeightsHook
 from .inspection import record_tokens
 from .loading import load_backbone
 from .metrics import TokenMetric
 from .optim import MSViTLayerDecayConstructor
+from .purity import PurityLoss
 from .token_heads import TokenLinearHead, TokenSegmenterHead
 
 __version__ = '0.2.0'

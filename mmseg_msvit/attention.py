@@ -106,7 +106,9 @@ def attend_padded(
     score = (q @ k.transpose(-2, -1)).to(_accumulate(q)) * q.shape[-1] ** -0.5  # (B, heads, n, n)
     if bias is not None:
         score = score + bias(0)
-    score = score.masked_fill((padded == rows)[:, None, None], -math.inf)
+    # Runtimes add in a third of the time in which they choose.
+    hidden = torch.where(padded == rows, -math.inf, 0.0).to(score.dtype)  # (B, n)
+    score = score + hidden[:, None, None]
     out = F.dropout(score.softmax(-1), dropout).to(v.dtype) @ v
     return out.transpose(1, 2).flatten(0, 1)[places]
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .dense_pass import Example
 from .flops import add_up, pass_costs
-from .gate_losses import IGNORE_INDEX
 from .inspection import record_tokens
+from .purity import IGNORE_INDEX
 
 # Images through the fitted model, evenly spread over all, for the table.
 CHECKED = 100

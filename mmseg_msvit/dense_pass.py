@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .command_line import InputError
 from .doubt import class_shares
-from .gate_losses import IGNORE_INDEX
+from .purity import IGNORE_INDEX
 from .testset import FileReader, list_images
 from .tokens import Grid
 

@@ -14,9 +14,9 @@ from mmengine.dataset import BaseDataset
 from torch import nn
 
 from .command_line import InputError
-from .gate_losses import IGNORE_INDEX, region_purity
 from .inspection import coarse_by_purity, coarse_regions, find_msvit, look, seen_size
 from .metrics import summarize
+from .purity import IGNORE_INDEX, region_purity
 from .testset import walk
 from .visualization import sample_figure, to_rgb
 

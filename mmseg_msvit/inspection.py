@@ -10,8 +10,8 @@ from mmengine.dataset import pseudo_collate
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from .gate_losses import region_purity
 from .mixed_scale import MixedScale
+from .purity import region_purity
 from .selection import Decision
 from .tokens import TokenMap
 

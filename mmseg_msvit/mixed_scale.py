@@ -13,7 +13,6 @@ from weakref import WeakSet
 import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
-from mmseg.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,8 +28,7 @@ from .embedding import (
     pad_to_regions,
     patchify,
 )
-from .gate_losses import GateLoss
-from .gate_slot import GateLossSlot
+from .gated import Gated
 from .gates import Gate
 from .positions import table_positions, wide
 from .reading import read_checkpoint, tensors_below
@@ -43,7 +41,7 @@ OUT_DETAIL = ('none', 'residual')
 OUT_TYPES = ('grid', 'tokens')
 
 
-class MixedScale(GateLossSlot):
+class MixedScale(Gated):
     """What turns a library's plain ViT into one over tokens of several scales; to be inherited before it.
 
     The library's class makes patch embedding, cls token, positions, encoder layers and norms, with its own constructor
@@ -126,25 +124,7 @@ class MixedScale(GateLossSlot):
         if not self.with_cls_token:
             self.cls_token.requires_grad_(False)  # it is kept for the state dict's sake only
 
-        gates = []
-        shapes = [(scale, region_grid(self.table, side)) for scale, side in zip(self.scales[1:], self.sides[1:])]
-        for level, (scale, grid) in enumerate(shapes, 1):
-            shape = dict(in_channels=self.in_channels, region=scale, grid=grid, embed_dims=self.embed_dims)
-            gates.append(_build('gate', _gate_of_level(gate or dict(type='MLPGate'), level), Gate, **shape))
-        self.gate = gates[0]
-        if len(gates) > 1:
-            self.coarser_gates = nn.ModuleList(gates[1:])
-        self.gate_losses = nn.ModuleList()
-        if self.gate_learns:
-            if gate_loss == 'default':
-                gate_loss = dict(type='GeneralizedBatchShapingLoss')
-            configs = [gate_loss] if isinstance(gate_loss, dict) else gate_loss or []
-            for level, (scale, grid) in enumerate(shapes, 1):
-                for cfg in configs:
-                    self.gate_losses.append(_build('gate_loss', cfg, GateLoss, grid=grid, region=scale, level=level))
-        names = [loss.loss_name for loss in self.gate_losses]
-        if len(set(names)) < len(names):
-            raise ValueError(f'gate_loss: each loss needs a loss_name of its own, got {names}')
+        self.build_gates(gate, gate_loss)
         prefix = int(self.with_cls_token) + num_register_tokens
         self.select = TokenSelector(
             self.sides, train_tokens, self.gate.temperature, self.gate.threshold, prefix, token_budget
@@ -175,19 +155,9 @@ class MixedScale(GateLossSlot):
         return tensors
 
     @property
-    def gates(self) -> List[Gate]:
-        """One for each coarse level, the finest first."""
-        return [self.gate, *getattr(self, 'coarser_gates', ())]
-
-    @property
     def details(self) -> List[CoarseDetail]:
         """One for each coarse level, the finest first; none with ``coarse_embed='resize'``."""
         return [] if self.coarse_detail is None else [self.coarse_detail, *getattr(self, 'coarser_details', ())]
-
-    @property
-    def gate_learns(self) -> bool:
-        """Whether a gate has a trainable parameter."""
-        return any(p.requires_grad for gate in self.gates for p in gate.parameters())
 
     def init_weights(self) -> None:
         """As the library's ViT; gates, and what else is not the library's, keep their own first values.
@@ -390,14 +360,6 @@ class MixedScale(GateLossSlot):
             raise_not_finite('pixels of the images', images)
 
 
-def _gate_of_level(cfg: dict, level: int) -> dict:
-    """The config, with the place in a checkpoint where the gate of a coarser level stands."""
-    init = cfg.get('init_cfg') if isinstance(cfg, dict) else None
-    if level == 1 or not init or not init.get('prefix', '').endswith('gate.'):
-        return cfg
-    return {**cfg, 'init_cfg': {**init, 'prefix': f'{init["prefix"][: -len("gate.")]}coarser_gates.{level - 2}.'}}
-
-
 def ask(gate: Gate, images: Tensor, grid: Grid, left: Optional[Tensor] = None) -> Tensor:
     """A gate's logits (B, hc, wc); finer regions of padding alone, which the coarsest ones bring, are cut off."""
     height, width = (regions * gate.region for regions in grid)
@@ -412,13 +374,3 @@ def _check_scales(scales: Sequence[int], patch_size: int) -> Tuple[int, ...]:
             f'patch_size={patch_size}, got {tuple(scales)}'
         )
     return tuple(scales)
-
-
-def _build(argument: str, cfg: dict, base: type, **shape) -> nn.Module:
-    """Builds a gate or a gate loss, with errors that name the argument."""
-    kind = MODELS.get(cfg['type']) if isinstance(cfg, dict) and isinstance(cfg.get('type'), str) else None
-    kind = kind or (cfg.get('type') if isinstance(cfg, dict) else None)
-    if not (isinstance(kind, type) and issubclass(kind, base)):
-        known = sorted(c.__name__ for c in MODELS.module_dict.values() if issubclass(c, base) and c is not base)
-        raise ValueError(f'{argument} must be a config whose type is one of {known}, got {cfg}')
-    return MODELS.build(dict(**shape, **{**cfg, 'type': kind}))  # the class itself, which any default scope finds

@@ -32,13 +32,30 @@ def resample_table(table: Tensor, size: Grid, mode: str) -> Tensor:
         size: (h, w).
         mode: of :func:`torch.nn.functional.interpolate`; with ``-antialias`` after it, smoothed where it shrinks.
     """
-    if not traced() and tuple(table.shape[2:]) == tuple(size):
+    if traced():
+        return resample_by_products(wide(table), size, mode).to(table.dtype)
+    if tuple(table.shape[2:]) == tuple(size):
         return table
+    return _interpolate(table, tuple(size), mode).to(table.dtype)
+
+
+def resample_by_products(table: Tensor, size: Grid, mode: str) -> Tensor:
+    """:func:`resample_table` for runtimes, which are slow at resizing hundreds of channels: by rows and by columns.
+
+    Every mode is separable: what it makes of a unit matrix are its weights along one axis.
+    """
+    rows, columns = (
+        _interpolate(torch.eye(n, dtype=table.dtype, device=table.device)[None, None], (cells, n), mode)
+        for n, cells in zip(table.shape[2:], size)
+    )  # (1, 1, h, gh) and (1, 1, w, gw)
+    return rows @ table @ columns.mT
+
+
+def _interpolate(table: Tensor, size: Grid, mode: str) -> Tensor:
     antialias = mode.endswith(ANTIALIAS)
     mode = mode[: -len(ANTIALIAS)] if antialias else mode
     align = None if mode in ('nearest', 'area', 'nearest-exact') else False
-    resized = F.interpolate(wide(table), size=tuple(size), mode=mode, align_corners=align, antialias=antialias)
-    return resized.to(table.dtype)
+    return F.interpolate(wide(table), size=size, mode=mode, align_corners=align, antialias=antialias)
 
 
 def table_positions(pos_embed: Tensor, table: Grid, grid: Grid, sides: Sequence[int], mode: str) -> Tensor:

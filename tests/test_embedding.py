@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from mmseg_msvit.embedding import area_mean, pad_to_regions, patchify
-from mmseg_msvit.positions import resample_table, table_positions
+from mmseg_msvit.positions import resample_by_products, resample_table, table_positions
 
 
 def test_patchify_is_a_convolutions_order():
@@ -73,3 +73,10 @@ def test_a_table_is_resampled_with_or_without_smoothing(mode):
         assert smooth.var() < plain.var()
         wanted = F.interpolate(table, size=(4, 5), mode=mode, align_corners=False, antialias=True)
         torch.testing.assert_close(smooth, wanted)
+
+
+@pytest.mark.parametrize('mode', ['bilinear', 'bicubic', 'nearest', 'area', 'bilinear-antialias', 'bicubic-antialias'])
+@pytest.mark.parametrize('size', [(4, 5), (9, 7), (1, 20)])
+def test_resampling_by_products(mode, size):
+    table = torch.randn(1, 3, 9, 7, dtype=torch.float64)
+    torch.testing.assert_close(resample_by_products(table, size, mode), resample_table(table, size, mode))

@@ -16,14 +16,9 @@ from mmseg.registry import MODELS
 from torch.autograd import gradcheck
 
 from mmseg_msvit.doubt import class_shares, doubt_scale, doubt_target, region_doubt
-from mmseg_msvit.gate_losses import (
-    batch_shaping_loss,
-    beta_cdf,
-    normal_cdf,
-    region_purity,
-    relaxed_bernoulli_cdf,
-)
+from mmseg_msvit.gate_losses import batch_shaping_loss, beta_cdf, normal_cdf, relaxed_bernoulli_cdf
 from mmseg_msvit.hooks import GateLossHook
+from mmseg_msvit.purity import region_purity
 from mmseg_msvit.selection import Decision
 
 
