@@ -68,7 +68,7 @@ def operator_macs(function: Callable, *args) -> int:
 
 
 class HeadMacs:
-    """MACs of a segmentor's neck and decode head.
+    """MACs of a segmentor's neck and decode head, or of a cascade's heads.
 
     A head on tokens says by its ``macs`` what so many cost. All else sees the dense grid and costs the same for any
     tokens: it is counted on copies without data, once for each grid.
@@ -77,37 +77,48 @@ class HeadMacs:
         model: a segmentor, :class:`mmseg.models.EncoderDecoder`.
 
     Raises:
-        ValueError: the model has no single decode head.
+        ValueError: the model has no decode head.
     """
 
     def __init__(self, model: nn.Module):
         head = getattr(model, 'decode_head', None)
-        if not hasattr(head, 'forward') or isinstance(head, nn.ModuleList):
-            raise ValueError(f'the model must be a segmentor with one decode_head, got {type(model).__name__}')
+        if not isinstance(head, nn.Module):
+            raise ValueError(f'the model must be a segmentor with a decode_head, got {type(model).__name__}')
         self.backbone = model.backbone
         self.neck = deepcopy(model.neck).to('meta').eval() if model.with_neck else None
-        self.on_tokens = hasattr(head, 'macs')
-        self.head = head if self.on_tokens else deepcopy(head).to('meta').eval()
+        heads = head if isinstance(head, nn.ModuleList) else [head]
+        self.heads = [one if hasattr(one, 'macs') else deepcopy(one).to('meta').eval() for one in heads]
         self.known: Dict[Grid, Dict[str, int]] = {}
 
     def __call__(self, grid: Grid, tokens: Optional[int] = None) -> Dict[str, int]:
         """``neck`` and ``head`` for one image of (h, w) cells and so many tokens, cls among them; None for all fine."""
-        if self.on_tokens:
-            cells = grid[0] * grid[1] if tokens is None else tokens - prefix_tokens(self.backbone)
-            return dict(neck=0, head=self.head.macs(cells))
         if grid not in self.known:
-            dims = self.backbone.patch_embed.embed_dims
-            x = torch.empty(1, dims, *grid, device='meta')
-            if getattr(self.backbone, 'output_cls_token', False):
-                x = [x, torch.empty(1, dims, device='meta')]
-            features = (x,) * (len(self.backbone.out_indices) + int(getattr(self.backbone, 'out_origin', False)))
-            neck = 0
-            if self.neck is not None:
-                neck = operator_macs(self.neck, features)
-                with torch.no_grad():
-                    features = self.neck(features)
-            self.known[grid] = dict(neck=neck, head=operator_macs(self.head, features))
-        return self.known[grid]
+            self.known[grid] = self._on_grid(grid)
+        found = dict(self.known[grid])
+        covering = grid[0] * grid[1] if tokens is None else tokens - prefix_tokens(self.backbone)
+        found['head'] += sum(head.macs(covering) for head in self.heads if hasattr(head, 'macs'))
+        return found
+
+    @torch.no_grad()
+    def _on_grid(self, grid: Grid) -> Dict[str, int]:
+        """What does not depend on the tokens."""
+        dims = self.backbone.patch_embed.embed_dims
+        x = torch.empty(1, dims, *grid, device='meta')
+        if getattr(self.backbone, 'output_cls_token', False):
+            x = [x, torch.empty(1, dims, device='meta')]
+        features = (x,) * (len(self.backbone.out_indices) + int(getattr(self.backbone, 'out_origin', False)))
+        found = dict(neck=0, head=0)
+        if self.neck is not None:
+            found['neck'] = operator_macs(self.neck, features)
+            features = self.neck(features)
+        before = ()  # in a cascade each head but the first sees the logits of the one before it
+        for head in self.heads:
+            if hasattr(head, 'macs'):
+                before = (torch.empty(1, head.out_channels, *grid, device='meta'),)
+            else:
+                found['head'] += operator_macs(head, features, *before)
+                before = (head(features, *before),) if len(self.heads) > 1 else ()
+        return found
 
 
 def image_grid(backbone: nn.Module, height: int, width: int) -> Grid:

@@ -8,6 +8,8 @@ from conftest import SMALL, randomize, sample
 from mmengine.config import ConfigDict
 from mmseg.registry import HOOKS, MODELS
 
+from mmseg_msvit.flops import HeadMacs, operator_macs
+
 CLASSES = 5
 PREPROCESSOR = dict(type='SegDataPreProcessor', mean=[0] * 3, std=[50] * 3, size_divisor=None)
 HEADS = {
@@ -70,6 +72,10 @@ def test_a_cascade_trains_the_gate_and_predicts():
     model.parse_losses(losses)[0].backward()
     assert model.backbone.gate.mlp[-1].weight.grad.abs().sum() > 0
     assert model.eval()(images, mode='tensor').shape == (2, CLASSES, 5, 6)
+    count, grid = HeadMacs(model), torch.randn(1, 32, 5, 6)
+    wanted = operator_macs(model.decode_head[1], [grid, grid], torch.randn(1, CLASSES, 5, 6))
+    assert count((5, 6), 12)['head'] == wanted + model.decode_head[0].macs(11)  # 11 tokens beside cls
+    assert count((5, 6))['head'] == wanted + model.decode_head[0].macs(30)
 
 
 @pytest.mark.parametrize('channels', [1, 2, 4])

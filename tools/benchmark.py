@@ -35,10 +35,10 @@ from mmseg_msvit.timing import in_turns, paired_ratios, peak_memory
 from mmseg_msvit.toy_scenes import scene
 
 
-def load_images(folder, count: int, size: int) -> torch.Tensor:
-    """``count`` distinct images (count, 3, size, size), roughly normalised."""
+def load_images(folder, count: int, height: int, width: int) -> torch.Tensor:
+    """``count`` distinct images (count, 3, height, width), roughly normalised."""
     if folder is None:
-        images = [scene(np.random.default_rng(i), size)[0] for i in range(count)]
+        images = [scene(np.random.default_rng(i), max(height, width))[0][:height, :width] for i in range(count)]
     else:
         paths = sorted(p for p in Path(folder).rglob('*') if p.suffix.lower() in ('.jpg', '.jpeg', '.png'))
         if len(paths) < count:
@@ -47,7 +47,7 @@ def load_images(folder, count: int, size: int) -> torch.Tensor:
         broken = [str(path) for path, picture in zip(paths, pictures) if picture is None]
         if broken:
             raise InputError(f'--images: wanted pictures, got {broken[0]}, which cannot be read')
-        images = [cv2.resize(picture[..., ::-1], (size, size)) for picture in pictures]
+        images = [cv2.resize(picture[..., ::-1], (width, height)) for picture in pictures]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().sub(127.5).div(64)
 
 
@@ -133,7 +133,8 @@ def variants(args) -> dict:
 def measure(args, batch: int) -> list:
     """One row for each variant."""
     compared = variants(args)
-    pool = load_images(args.images, batch * max(args.repeat, 2), args.size).to(args.device)
+    height, width = args.size[0], args.size[-1]
+    pool = load_images(args.images, batch * max(args.repeat, 2), height, width).to(args.device)
     batches = pool.split(batch)
     kind = torch.device(args.device).type
 
@@ -146,7 +147,7 @@ def measure(args, batch: int) -> list:
     reference = next((name for name in ('dense', 'against', 'all fine') if name in compared), None)
     rows = []
     for name, (_, model) in compared.items():
-        grid = image_grid(model.backbone, args.size, args.size)
+        grid = image_grid(model.backbone, height, width)
         with record_tokens(model) if isinstance(model.backbone, MixedScale) else nullcontext([]) as seen:
             torch.manual_seed(0)  # the coins of the rounds
             memory = peak_memory(functions[name], batches[0])
@@ -214,20 +215,24 @@ def main() -> None:
         '--train-tokens', nargs='*', default=['active', 'trimmed'], choices=('active', 'trimmed', 'all')
     )
     parser.add_argument('--batch', nargs='*', type=positive, default=[1], help='batch sizes')
-    parser.add_argument('--size', type=positive, default=512, help='pixels along a side')
+    parser.add_argument(
+        '--size', nargs='+', type=positive, default=[512], metavar='PIXELS', help='height and width, or one for both'
+    )
     parser.add_argument('--repeat', type=positive, default=7, help='rounds that count')
     parser.add_argument('--images', help='folder with images; drawn scenes without it')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--amp', action='store_true', help='autocast to bfloat16')
     parser.add_argument('--json', type=Path, help='file for the numbers')
     args = parser.parse_args()
+    if len(args.size) > 2:
+        parser.error(f'--size: wanted one number or two, got {args.size}')
 
     MMLogger.get_instance('benchmark', log_level='WARNING')  # else every tensor's initialisation is printed
     rows = [row for batch in args.batch for row in measure(args, batch)]
     device = (
         torch.cuda.get_device_name() if args.device.startswith('cuda') else f'{torch.get_num_threads()} CPU threads'
     )
-    show(rows, f'{args.part}, {args.mode}, {args.size}x{args.size}, gate {args.gate}, {device}')
+    show(rows, f'{args.part}, {args.mode}, {args.size[0]}x{args.size[-1]}, gate {args.gate}, {device}')
     if args.json:
         machine = dict(platform=platform.platform(), device=device, torch=torch.__version__)
         record = {**vars(args), 'json': str(args.json), 'machine': machine, 'rows': rows}
