@@ -33,7 +33,7 @@ class Opened(NamedTuple):
 
 
 @contextmanager
-def all_fine(model: nn.Module) -> Iterator[None]:
+def as_dense(model: nn.Module) -> Iterator[None]:
     """No region is coarse inside the ``with`` block, and images keep their size: the dense model."""
     backbone = find_msvit(model)
     select = backbone.select
@@ -73,7 +73,7 @@ class Explorer:
             path = Path(folder) / 'image.png'
             cv2.imwrite(str(path), pixels)
             data, _ = self.reader.read(path)
-        with all_fine(self.model):
+        with as_dense(self.model):
             self._timed(data)
             milliseconds, (sample, _, _) = self._timed(data)
         return Opened(pixels[..., ::-1], data, sample.pred_sem_seg.data[0].cpu().numpy(), milliseconds)

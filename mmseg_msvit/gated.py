@@ -27,6 +27,8 @@ class Gated:
     def build_gates(self, gate: Optional[dict], gate_loss: Union[dict, List[dict], None]) -> None:
         """Builds a gate for each coarse level of ``self.scales``, and, if they learn, ``self.gate_losses``.
 
+        Wants ``sides``, ``table``, ``in_channels`` and ``embed_dims`` to be there, too.
+
         Args:
             gate: config of each gate; None for the paper's.
             gate_loss: config, or list of configs, of the losses of each level; ``'default'`` for the paper's.
