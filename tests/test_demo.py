@@ -14,7 +14,7 @@ from mmseg.registry import MODELS
 from PIL import Image
 
 from mmseg_msvit.command_line import InputError
-from mmseg_msvit.explorer import Explorer, all_fine
+from mmseg_msvit.explorer import Explorer, as_dense
 from mmseg_msvit.inspection import look
 from mmseg_msvit.testset import FileReader
 
@@ -39,7 +39,7 @@ def test_all_fine_is_the_dense_model(explorer, image):
     model = explorer.model
     select = model.backbone.select
     model.backbone.input_scale, select.token_budget = 0.7, 12
-    with all_fine(model):
+    with as_dense(model):
         _, tokens, _ = look(model, explorer.open(image).data)
     assert tokens.lengths == [37]
     assert (model.backbone.input_scale, select.token_budget, select.threshold) == (0.7, 12, 0.5)
