@@ -1,8 +1,8 @@
 """A gate for a trained dense segmentor: the weights of ViT and head stay, and no label is needed.
 
 The dense model runs over images once (:func:`.dense_pass.gather`), which says how mixed every region is in its eyes. A
-gate learns to foresee that from the pixels (:func:`fit`), the size of the images and one threshold are set for a budget
-of tokens (:func:`settle`), and :func:`write` leaves a config and a whole checkpoint, which everything takes that takes
+gate learns to foresee that from the pixels (:func:`fit`), one threshold is set for a budget of tokens
+(:func:`find_threshold`), and :func:`write` leaves a config and a whole checkpoint, which everything takes that takes
 a segmentor's.
 """
 
@@ -20,7 +20,6 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from .command_line import InputError
-from .comparison import areas_of, mean_iou, predict
 from .dense_pass import Example, Window, pixels
 from .doubt import doubt_scale, doubt_target, region_doubt
 from .gates import FixedGate
@@ -32,8 +31,6 @@ from .tokens import Grid
 STANDS_IN = {'VisionTransformer': 'MSViT', 'BEiT': 'MSBEiT', 'MAE': 'MSMAE'}
 STANDS_IN.update({kind: kind for kind in STANDS_IN.values()})
 GATES = dict(context='ContextGate', mlp='MLPGate')
-# Sizes of the images that are tried for a budget.
-SIZES = 5
 BATCH = 8
 LEARNING_RATE = 1e-3
 
@@ -83,6 +80,21 @@ def _crop(model: nn.Module, examples: List[Example], windows: List[Window], rng:
     shares = [F.pad(share, (0, 0, 0, 0, 0, classes - len(share))) for share in shares]
     images, shares = torch.stack(images), torch.stack(shares).to(images[0].device)
     return (images.flip(-1), shares.flip(-1)) if flip else (images, shares)
+
+
+def shared_size(budget: float) -> float:
+    """The size of images, as a share of their height and width, at which half of the saving is theirs.
+
+    Tokens are saved by coarse regions, where the gate sees no need for fine ones, and by a smaller image, everywhere.
+    The first few cost least in both ways, so a little of both is better than much of one: an image of as many cells as
+    the square root of the budget says, and as many tokens of those. Which size is best cannot be asked of the dense
+    model: what it says of a smaller image differs from what it says of the whole one along every edge, and is as often
+    right. Measured in ``docs/benchmarks.md``.
+
+    Args:
+        budget: the share of the dense tokens that is kept.
+    """
+    return budget**0.25
 
 
 def fit(model: nn.Module, examples: List[Example], windows: List[Window], budget: float, steps: int) -> None:
@@ -153,50 +165,6 @@ def find_threshold(
         for window in track(windows, 'threshold')
     ]
     return threshold_within(model.backbone, windows, logits, budget)
-
-
-@torch.no_grad()
-def settle(
-    model: nn.Module, examples: List[Example], windows: List[Window], budget: float, judges: Sequence[Example] = ()
-) -> float:
-    """Sets the backbone's ``input_scale`` and its threshold, within a budget, to what is truest to the dense model.
-
-    Tokens are saved by coarse regions, where the gate sees no need for fine ones, and by a smaller image, everywhere.
-    The first few cost least in both ways, so a little of both is better than much of one. ``SIZES`` sizes, from the
-    whole image to the one that has as many cells as the budget allows, are judged by the mean IoU with what the dense
-    model predicts, each with the threshold that it needs.
-
-    Args:
-        model: with fitted gates.
-        examples: by :func:`.dense_pass.gather`.
-        windows: likewise.
-        budget: the share of the dense tokens, cls and registers among both, over all windows.
-        judges: those of the examples that judge, which the gate has not seen: it foresees less of them. Without any,
-            images keep their size.
-
-    Returns:
-        The share that is spent.
-
-    Raises:
-        InputError: even all coarse is not within the budget.
-    """
-    backbone, tried = model.backbone, []
-    sizes = [budget ** (i / (2 * SIZES - 2)) for i in range(SIZES)] if judges else [1.0]
-    for size in sizes:
-        backbone.input_scale = size
-        try:
-            backbone.select.threshold, share = find_threshold(model, examples, windows, budget)
-        except InputError:
-            if size == sizes[-1]:
-                raise
-            continue
-        truth = 0.0
-        if len(sizes) > 1:
-            judged = predict(model, judges, f'images at {size:.0%}')
-            truth = mean_iou([areas_of(found, judge.prediction, model.num_classes) for judge, found, _ in judged])
-        tried.append((truth, size, backbone.select.threshold, share))
-    _, backbone.input_scale, backbone.select.threshold, share = max(tried)
-    return share
 
 
 def threshold_within(
@@ -281,7 +249,7 @@ def write(config: Config, model: nn.Module, changes: dict, metainfo: dict, out: 
 
     Args:
         config: of the dense segmentor, which the new one inherits from.
-        model: the converted one, settled.
+        model: the converted one, with its threshold.
         changes: by :func:`convert`.
         metainfo: of the data set, its classes and palette.
         out: folder.

@@ -1,6 +1,5 @@
 """A dense segmentor, trained for seconds on toy scenes, gets a gate."""
 
-import re
 import runpy
 import sys
 from pathlib import Path
@@ -17,12 +16,10 @@ from mmengine.registry import init_default_scope
 from mmseg.apis import inference_model, init_model
 from mmseg.registry import MODELS
 
-from mmseg_msvit.comparison import areas_of, mean_iou, predict
-from mmseg_msvit.dense_pass import gather
 from mmseg_msvit.doubt import class_shares, region_doubt
-from mmseg_msvit.gate_fitting import convert, find_threshold, settle
+from mmseg_msvit.gate_fitting import convert
 from mmseg_msvit.inspection import record_tokens
-from mmseg_msvit.testset import FileReader, load_config, load_model
+from mmseg_msvit.testset import FileReader, load_config
 from mmseg_msvit.toy_scenes import scene
 
 DENSE = 'configs/toy/segmenter_vit-mini_mask_1xb8-400_toy-scenes-256x256.py'
@@ -149,29 +146,12 @@ def test_a_dense_model_is_converted(scales, budget, folder, fit, tmp_path, capsy
     assert agreement(found) > max(random)
 
 
-def test_a_little_of_the_size_and_a_little_of_the_tokens(folder, fit, tmp_path, capsys):
-    """The size at which the prediction is most like the dense model's is taken, and the budget is that of all."""
-    assert fit('--out', tmp_path, '--budget', 0.5, '--steps', 30) is None
-    tried = re.findall(r'images at (\d+)%', capsys.readouterr().out)
-    assert list(dict.fromkeys(tried)) == ['100', '92', '84', '77', '71']
+def test_half_of_the_saving_is_the_size(folder, fit, tmp_path):
+    assert fit('--out', tmp_path, '--budget', 0.5, '--steps', 150) is None
     model = init_model(str(tmp_path / 'config.py'), str(tmp_path / 'checkpoint.pth'), device='cpu')
-    chosen = model.backbone.input_scale
+    assert model.backbone.input_scale == pytest.approx(0.5**0.25, abs=1e-3)
     found = look(model, folder, tmp_path / 'config.py', 'train')
     assert 0.45 < np.mean([tokens for tokens, *_ in found]) <= 0.5 + 1e-6
-
-    reader = FileReader(load_config(str(tmp_path / 'config.py')))
-    images = sorted((folder / 'images/train').iterdir())
-    dense = load_model(load_config(str(folder / 'dense.py')), str(folder / 'work/iter_100.pth'), 'cpu', object)
-    examples, windows = gather(dense, reader, images, [None] * len(images), 'mixed')
-    truth = {}
-    for scale in [0.5 ** (i / 8) for i in range(5)]:
-        model.backbone.input_scale = scale
-        model.backbone.select.threshold, _ = find_threshold(model, examples, windows, 0.5)
-        judges = examples[-(len(examples) // 5) :]  # whom the gate has not seen
-        pairs = [areas_of(said, example.prediction, 7) for example, said, _ in predict(model, judges, '')]
-        truth[scale] = mean_iou(pairs)
-    assert chosen == max(truth, key=truth.get) and len(set(truth.values())) > 2  # few cells round alike
-    assert settle(model, examples, windows, 0.5) <= 0.5 and model.backbone.input_scale == 1
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
     python tools/arena.py CONFIG CHECKPOINT [CHECKPOINT ...] --out arena --scales 14,28 14,28,56
 
 Each CHECKPOINT, a seed, runs once over the images of training, from which gates are fitted without labels and with
-them, and once over the test set; then each chooser at each budget runs over the test set. What is finished is not done
+them, and once over the test set; then each chooser at each budget runs over the test set, on whole images, and on such
+smaller ones as tools/fit_gate.py takes, which save half of the tokens. What is finished is not done
 again: the same command goes on where it stopped. Writes arena.json, arena.md and arena.png.
 """
 
@@ -21,7 +22,7 @@ from mmseg_msvit.arena import CHOOSERS, dense, play, score_gates, smaller
 from mmseg_msvit.command_line import one_line_errors, positive
 from mmseg_msvit.dense_pass import find_images, gather
 from mmseg_msvit.flops import PLAIN_VITS
-from mmseg_msvit.gate_fitting import convert, fit
+from mmseg_msvit.gate_fitting import convert, fit, shared_size
 from mmseg_msvit.testset import FileReader, load_config, load_model, load_testset
 
 # Fitted gates: name -> kind of gate, and what it is fitted to.
@@ -30,6 +31,8 @@ FITTED = {
     'mlp': ('mlp', 'mixed'),
     'context, labels': ('context', 'labels'),
 }
+# Sizes of the images for a budget; the second is that of tools/fit_gate.py.
+SIZES = dict(whole=lambda budget: 1.0, shared=lambda budget: round(shared_size(budget), 3))
 
 
 def save(path: Path, what: list) -> None:
@@ -80,7 +83,10 @@ class Contest:
                 model, _ = self._model('smaller', self.args.scales[0])
                 self._add(smaller(model, *self.gathered('test'), budget))
         choices = [
-            (b, s, c) for b in self.args.budgets for s in self.args.sizes for c in self.args.choosers if b < s * s
+            (budget, SIZES[size](budget), chooser)
+            for budget in self.args.budgets
+            for size in self.args.sizes
+            for chooser in self.args.choosers
         ]
         for scales in self.args.scales:
             for budget, size, chooser in [(None, 1.0, 'coarse'), *choices]:
@@ -185,7 +191,7 @@ def main() -> None:
     known = [*CHOOSERS, *FITTED]
     parser.add_argument('--choosers', nargs='+', choices=known, default=known)
     parser.add_argument('--budgets', type=float, nargs='+', default=[0.62, 0.47, 0.37], help='shares of the tokens')
-    parser.add_argument('--sizes', type=float, nargs='+', default=[1.0, 0.85], help='of the images, of their own')
+    parser.add_argument('--sizes', nargs='+', choices=SIZES, default=list(SIZES), help='of the images')
     parser.add_argument('--steps', type=positive, default=500, help='of fitting a gate, each of 8 images')
     parser.add_argument('--fit-budget', type=float, default=0.5, help='where fitted gates are to be most precise')
     parser.add_argument('--fit-images', type=int, default=500, help='at most so many images of training')

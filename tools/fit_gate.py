@@ -5,10 +5,9 @@
     python tools/fit_gate.py CONFIG CHECKPOINT --out converted --budget 0.4 --scales 16 32 64
 
 CONFIG's backbone is a VisionTransformer, BEiT or MAE of mmseg, or an MSViT, MSBEiT or MSMAE with a FixedGate. Its
-weights and the head's stay as they are; a gate learns where this very model needs its fine tokens. Part of what is
-saved comes from images that are a little smaller, where that is truer to the dense model than more coarse tokens would
-be; the last fifth of the images, at most 50, judge that, and no gate learns from them. --full-size leaves images as
-they are. Writes config.py, checkpoint.pth and picture.png into --out, and compares both models on at most 100 of them.
+weights and the head's stay as they are; a gate learns where this very model needs its fine tokens. Half of what is
+saved comes from images that are a little smaller; --full-size leaves them as they are. Writes config.py, checkpoint.pth
+and picture.png into --out, and compares both models on at most 100 of the images.
 """
 
 import argparse
@@ -22,12 +21,9 @@ from rich.table import Table
 from mmseg_msvit.command_line import InputError, one_line_errors, positive
 from mmseg_msvit.comparison import compare
 from mmseg_msvit.dense_pass import TARGETS, find_images, gather
-from mmseg_msvit.gate_fitting import GATES, convert, dense_backbone, fit, settle, write
+from mmseg_msvit.gate_fitting import GATES, convert, dense_backbone, find_threshold, fit, shared_size, write
 from mmseg_msvit.testset import FileReader, load_config, load_model
 from mmseg_msvit.visualization import draw_image
-
-# Images by which the size is judged, at most.
-JUDGED = 50
 
 
 def main() -> None:
@@ -56,13 +52,12 @@ def main() -> None:
     reader = FileReader(config)
     images, truths = find_images(config, args.images, args.limit)
     examples, windows = gather(dense, reader, images, truths, args.target)
-    # The last ones: of a video other scenes, of Cityscapes another city, and no neighbours of what the gate sees.
-    seen = len(examples) - (0 if args.full_size else min(JUDGED, len(examples) // 5))
-    fit(model, examples, [window for window in windows if window.example < seen], args.budget, args.steps)
-    share = settle(model, examples, windows, args.budget, examples[seen:])
+    backbone = model.backbone
+    fit(model, examples, windows, args.budget, args.steps)
+    backbone.input_scale = 1.0 if args.full_size else round(shared_size(args.budget), 3)
+    backbone.select.threshold, share = find_threshold(model, examples, windows, args.budget)
     write(config, model, changes, reader.dataset.metainfo, args.out)
 
-    backbone = model.backbone
     settled = f'at {backbone.input_scale:.0%} of their size, threshold {backbone.select.threshold:.4g}'
     table = Table(title=f'{len(images)} images, {settled}: {share:.1%} of the dense tokens')
     for column in ('', 'tokens', 'backbone GMACs', 'as the dense model', 'mIoU'):
