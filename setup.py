@@ -49,7 +49,7 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['mmseg_msvit', 'mmseg_msvit.*']),
     install_requires=[
-        'torch>=2.6.0',
+        'torch>=2.1.0',
         'mmengine>=0.10.0,<1.0.0',
         'mmcv>=2.0.0rc4,<2.2.0',
         'mmsegmentation>=1.2.0,<2.0.0',

@@ -12,7 +12,7 @@ import torch
 from mmengine.dataset import pseudo_collate
 from mmseg.models.backbones import BEiT, VisionTransformer
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .blocks import block_of
@@ -20,6 +20,7 @@ from .gates import VarianceGate
 from .mixed_scale import MixedScale
 from .selection import TokenSelector
 from .tokens import Grid, TokenMap, region_grid
+from .versions import unfused_attention
 
 # mmseg's, whose blocks can be counted.
 PLAIN_VITS = (VisionTransformer, BEiT)
@@ -55,15 +56,17 @@ def dense_macs(backbone: nn.Module, grid: Grid) -> Dict[str, int]:
     )
 
 
+class _Watching(TorchFunctionMode):
+    """Changes nothing; but while one watches, ``nn.MultiheadAttention`` is no single operator, unknown to counters."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
 def operator_macs(function: Callable, *args) -> int:
     """MACs of the operators that a call executes, attention in its plain form, since fused kernels would count zero."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            function(*args)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with torch.no_grad(), unfused_attention(), _Watching(), FlopCounterMode(display=False) as counter:
+        function(*args)
     return counter.get_total_flops() // 2
 
 

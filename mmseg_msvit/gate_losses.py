@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .distributions import beta_cdf, normal_cdf, relaxed_bernoulli_cdf
 from .selection import Decision
 from .tokens import TokenMap
+from .versions import before_load_state_dict
 
 
 def batch_shaping_loss(values: Tensor, cdf: Callable[[Tensor], Tensor], present: Optional[Tensor] = None) -> Tensor:
@@ -206,7 +207,7 @@ class GeneralizedBatchShapingLoss(ShareLoss):
         # (memory_size, gh, gw), latest first; -1 where nothing has been seen yet. Of one shape always: averaging hooks
         # and checkpoints copy buffers into each other.
         self.register_buffer('memory', torch.full((memory_size, *self.grid), -1.0))
-        self.register_load_state_dict_pre_hook(GeneralizedBatchShapingLoss._fit_loaded_memory)
+        before_load_state_dict(self, GeneralizedBatchShapingLoss._fit_loaded_memory)
 
     def forward(self, logits: Tensor, data_samples: Sequence = ()) -> Tensor:
         m = gather_batch(logits.sigmoid())  # (n, hc, wc), of all ranks

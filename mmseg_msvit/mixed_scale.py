@@ -35,6 +35,7 @@ from .reading import read_checkpoint, tensors_below
 from .selection import Decision, TokenSelector, candidate_number, raise_not_finite
 from .tokens import Grid, PackedTokens, TokenMap, region_grid
 from .tracing import first, traced
+from .versions import before_load_state_dict
 
 COARSE_EMBED = ('resize', 'resize+detail')
 OUT_DETAIL = ('none', 'residual')
@@ -144,7 +145,7 @@ class MixedScale(Gated):
         if out_detail == 'residual':
             self.out_details = nn.ModuleList(ZeroLinear(self.embed_dims, self.embed_dims) for _ in range(outputs))
         self.layers = nn.ModuleList(self.block(layer) for layer in self.layers)
-        self.register_load_state_dict_pre_hook(MixedScale._adapt_loaded)
+        before_load_state_dict(self, MixedScale._adapt_loaded)
 
     def block(self, layer: nn.Module) -> Block:
         """What runs in the place of one of the library's encoder layers, with its parameters under their names."""

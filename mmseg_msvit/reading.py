@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import Dict, Iterator, Tuple, Union
 from urllib.parse import urlparse
 
@@ -20,11 +21,17 @@ from mmengine.utils import digit_version
 from torch import Tensor
 
 from .layouts import AVERAGED
+from .versions import BEFORE_TORCH_26
 
+# What tensors are made of.
+TENSORS = re.compile(
+    r'collections\.OrderedDict|torch\._utils\._rebuild_(tensor(_v[23])?|parameter)'
+    r'|torch\.(Size|bool|(b?float|u?int|complex)\d\w*|\w+Storage)|torch\.storage\.(Typed|Untyped)Storage'
+)
 # What training loops put beside the weights. Read as empty shells: the weights need none of it.
 SHELLED = re.compile(
-    r'mmengine\.logging\.history_buffer\.HistoryBuffer|numpy\..*|builtins\.getattr|collections\..*'
-    r'|argparse\.Namespace|pathlib\.\w*Path'
+    r'mmengine\.logging\.history_buffer\.HistoryBuffer|numpy\..*|builtins\.(getattr|set)|collections\..*'
+    r'|_codecs\.encode|argparse\.Namespace|pathlib\.\w*Path|torch\.device'
 )
 # Where checkpoints keep their weights, in the order of preference.
 WRAPPERS = (*AVERAGED, 'state_dict', 'model', 'module', 'model_state_dict')
@@ -92,20 +99,37 @@ class _Shell:
         pass
 
 
+class _TensorsAndShells(pickle.Unpickler):
+    """Makes tensors, shells, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> object:
+        wanted = f'{module}.{name}'.replace('__builtin__', 'builtins')  # as Python 2 said, and so the old protocols
+        if TENSORS.fullmatch(wanted):
+            return super().find_class(module, name)
+        if SHELLED.fullmatch(wanted):
+            return _Shell
+        raise _WantsMore(wanted)
+
+
 def _read_torch(file: Path) -> dict:
+    """By torch's own loader of tensors; where that refuses, by one whose list of what is allowed is of no version."""
     try:
         return torch.load(file, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError:
-        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        more = [name for name in wanted if not SHELLED.fullmatch(name)]
-        if more or not wanted:
-            raise _WantsMore(
-                f'checkpoint: wanted tensors, got {file}, whose pickle asks for {", ".join(more) or "unknown objects"} '
-                'and could run code. If you trust it, read it by torch.load(..., weights_only=False) and save its '
-                'state dict alone'
-            ) from None
-        with torch.serialization.safe_globals([(_Shell, name) for name in wanted]):
-            return torch.load(file, map_location='cpu', weights_only=True)
+        return _read_tensors_and_shells(file)
+
+
+def _read_tensors_and_shells(file: Path) -> dict:
+    pickle_module = ModuleType('tensors_and_shells')
+    pickle_module.Unpickler = _TensorsAndShells
+    pickle_module.load = lambda file, **how: _TensorsAndShells(file, **how).load()
+    try:
+        return torch.load(file, map_location='cpu', weights_only=False, pickle_module=pickle_module)
+    except _WantsMore as error:
+        raise _WantsMore(
+            f'checkpoint: wanted tensors, got {file}, whose pickle asks for {error} and could run code. If you trust '
+            'it, read it by torch.load(..., weights_only=False) and save its state dict alone'
+        ) from None
 
 
 @CheckpointLoader.register_scheme(
@@ -161,9 +185,9 @@ def _flat(checkpoint: dict, prefix: str = '') -> Iterator[Tuple[str, Tensor]]:
 def allow_training_checkpoints() -> None:
     """Lets ``torch.load`` read, with ``weights_only=True``, the log that mmengine keeps beside the weights.
 
-    That is torch's default, and mmengine 0.10 does not choose another when it loads a checkpoint to test or to resume.
-    The log is made of numbers: what is allowed here runs nothing that a file brings along. numpy 1 and 2 give their
-    functions different addresses.
+    That is torch's default since 2.6, and mmengine 0.10 chooses no other when it tests or resumes. The log is made of
+    numbers: what is allowed here runs nothing that a file brings along. numpy 1 and 2 give their functions different
+    addresses.
     """
     rebuild = [value.__reduce__()[0] for value in (np.zeros(1), np.float64(0))]
     rebuild = [(f, f'numpy.{core}.multiarray.{f.__name__}') for f in rebuild for core in ('core', '_core')]
@@ -180,5 +204,5 @@ def _statistic(owner: type, name: str):
     return getattr(owner, name)
 
 
-if digit_version(mmengine.__version__) < digit_version('0.11.0rc0'):
+if digit_version(mmengine.__version__) < digit_version('0.11.0rc0') and not BEFORE_TORCH_26:
     allow_training_checkpoints()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .tokens import Grid, TokenMap, cumulative, over_cells, padded_rows, region_grid, region_of_cell
 from .tracing import remembered, traced
+from .versions import nonzero_static
 
 TRAIN_TOKENS = ('active', 'trimmed', 'all')
 
@@ -181,7 +182,7 @@ class TokenSelector(nn.Module):
             weight = active + (soft - soft.detach())  # (B, T)
             counts = keep.sum(1)
 
-        kept = keep.nonzero() if lengths is None else torch.nonzero_static(keep, size=sum(lengths))
+        kept = keep.nonzero() if lengths is None else nonzero_static(keep, sum(lengths))
         image, candidate = kept.unbind(1)  # (N,) each
         total = kept.shape[0]
         row = torch.full_like(keep, total, dtype=torch.long)  # (B, T)

@@ -8,8 +8,11 @@ from torch import Tensor
 
 
 def traced() -> bool:
-    """Whether ``torch.export`` or ``torch.compile`` is looking, to whom sizes and numbers of tokens are symbols."""
-    return torch.compiler.is_compiling()
+    """Whether ``torch.export`` or ``torch.compile`` is looking, to whom sizes and numbers of tokens are symbols.
+
+    torch 2.1 does not say: there a model is compiled as it runs otherwise.
+    """
+    return hasattr(torch.compiler, 'is_compiling') and torch.compiler.is_compiling()
 
 
 def remembered(function: Callable) -> Callable:

@@ -16,6 +16,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import PixelData
+from mmengine.utils import digit_version
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
@@ -24,6 +25,9 @@ from mmseg_msvit.attention import attend_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get('MSVIT_SHARED', ROOT.parent / 'shared'))
+half_on_cpu = pytest.mark.skipif(
+    digit_version(torch.__version__) < digit_version('2.2.0'), reason='torch before 2.2 multiplies no float16 on a CPU'
+)
 SMALL = dict(img_size=64, embed_dims=32, num_layers=3, num_heads=2, out_indices=(0, 2), final_norm=True)
 
 

@@ -2,7 +2,7 @@ import inspect
 
 import pytest
 import torch
-from conftest import build_msvit, force_logits
+from conftest import build_msvit, force_logits, half_on_cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
@@ -29,7 +29,7 @@ def test_fused_equals_reference_with_gradients(lengths, weighted, chunk, monkeyp
         weight[torch.tensor([0, *lengths[:-1]]).cumsum(0)] = 1  # the cls token
         weight.requires_grad_()
         out = function(qkv, lengths, weight if weighted else None)
-        (out * torch.randn_like(out)).sum().backward()
+        (out * torch.randn(out.shape, dtype=out.dtype)).sum().backward()
         results.append([out, qkv.grad] + ([weight.grad] if weighted else []))
     for fused, reference in zip(*results):
         torch.testing.assert_close(fused, reference, rtol=1e-10, atol=1e-10)
@@ -87,14 +87,16 @@ def outscored(gap, dtype):
 
 
 @pytest.mark.parametrize('gap', [1.0, 14.0, 40.0, 120.0])
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    'dtype', [pytest.param(torch.float16, marks=half_on_cpu), torch.bfloat16, torch.float32, torch.float64]
+)
 def test_an_inactive_token_that_outscores_the_others_spoils_no_gradient(gap, dtype):
     qkv, weight = outscored(gap, dtype)
     attend(qkv, [4], weight).float().sum().backward()
     reference, seen = outscored(gap, torch.float64)
     attend_reference(reference, [4], seen).sum().backward()
-    tolerance = dict(rtol=2e-2, atol=2e-2) if dtype in (torch.float16, torch.bfloat16) else dict(rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(qkv.grad.double(), reference.grad, **tolerance)
+    error = {torch.float16: 2e-2, torch.bfloat16: 6e-2}.get(dtype, 1e-4)
+    torch.testing.assert_close(qkv.grad.double(), reference.grad, rtol=error, atol=error)
     torch.testing.assert_close(weight.grad, seen.grad, rtol=5e-2, atol=5e-2)
     assert 0 < weight.grad[1].abs() < 4 * 4 * 2 * attention.MAX_ODDS  # rows * columns * distance of values * odds
 

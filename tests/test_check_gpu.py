@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, spread
+from conftest import ROOT, half_on_cpu, spread
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a CUDA device')
@@ -22,6 +22,7 @@ def test_says_in_a_line_that_there_is_no_gpu(tool):
     assert tool('check_gpu.py') == f'check_gpu.py: {said}'
 
 
+@half_on_cpu
 def test_passes_on_the_cpu(tool, capsys):
     assert tool('check_gpu.py', '--device', 'cpu', '--steps', 4) is None
     lines = capsys.readouterr().out.splitlines()

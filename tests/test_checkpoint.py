@@ -32,6 +32,7 @@ from mmseg_msvit import reading
 from mmseg_msvit.checkpoint import fit
 from mmseg_msvit.reading import read_checkpoint, unwrap
 from mmseg_msvit.resampling import resample_positions
+from mmseg_msvit.versions import BEFORE_TORCH_26
 
 SHAPE = dict(img_size=64, embed_dims=32, num_layers=3, num_heads=2, final_norm=True, norm_cfg=dict(type='LN', eps=1e-6))
 
@@ -669,6 +670,7 @@ class Reaching:
         return getattr, (np.ndarray, 'tofile')
 
 
+@pytest.mark.skipif(BEFORE_TORCH_26, reason='before torch 2.6 its loader reads all')
 def test_mmengine_0_10_loads_training_checkpoints(tmp_path, monkeypatch):
     """It leaves ``weights_only`` to torch, which refuses mmengine's log unless the package has allowed it."""
     hub = dict(loss=HistoryBuffer([1.0, 2.0], [1, 1]), number=np.float64(3))

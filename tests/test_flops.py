@@ -5,7 +5,7 @@ from mmseg.models.backbones import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmseg_msvit.flops import dense_macs, encoder_macs
+from mmseg_msvit.flops import dense_macs, encoder_macs, operator_macs
 from mmseg_msvit.inspection import record_tokens
 
 
@@ -56,3 +56,12 @@ def test_dense_macs_are_those_of_the_operators():
             module.train()
     macs = dense_macs(vit, (4, 4))
     assert sum(macs.values()) == pytest.approx(counted(lambda: vit(torch.randn(1, 3, 64, 64))), rel=1e-3)
+
+
+@pytest.mark.parametrize('frozen', [False, True])
+def test_a_layer_that_torch_runs_as_one_operator_is_counted(frozen):
+    layer, x = (
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval().requires_grad_(not frozen),
+        torch.randn(1, 5, 8),
+    )
+    assert operator_macs(layer, x) == 5 * (4 * 8 * 8 + 2 * 8 * 16) + 2 * 5 * 5 * 8

@@ -19,7 +19,7 @@ def source(tmp_path_factory):
 
     out = tmp_path_factory.mktemp('source') / 'project'
     ignore = shutil.ignore_patterns(
-        '.git', '.venv', '.mim', 'data', 'work_dirs', 'build', 'dist', '*.egg-info', '.*cache'
+        '.git', '.venv', '.venvs', '.mim', 'data', 'work_dirs', 'build', 'dist', '*.egg-info', '.*cache'
     )
     shutil.copytree(ROOT, out, ignore=ignore)
     return out
@@ -151,9 +151,9 @@ def test_ops_that_are_not_compiled_are_there_to_be_imported_and_raise(fresh_mach
 
 
 def test_setup_makes_a_set_of_its_own_beside_the_pinned_one(fresh_machine):
-    status, output, calls = fresh_machine('onedl', there=['python3.12'])
-    assert status == 0 and (fresh_machine.project / '.venvs/onedl/.complete').exists(), output
-    assert 'versions/onedl.txt' in calls and not (fresh_machine.project / '.venv').exists()
+    status, output, calls = fresh_machine('torch2.1', there=['python3.10'], version='3.10')
+    assert status == 0 and (fresh_machine.project / '.venvs/torch2.1/.complete').exists(), output
+    assert 'versions/torch2.1.txt' in calls and not (fresh_machine.project / '.venv').exists()
     status, output, _ = fresh_machine('torch9')
     assert status == 1 and 'wanted a file in requirements/versions, got torch9' in output
 

@@ -8,7 +8,6 @@ import torch
 from conftest import build_msvit, randomize
 from mmseg.models.backbones import BEiT, VisionTransformer
 from safetensors.torch import load_file
-from transformers import Dinov2Config, Dinov2Model, DINOv3ViTConfig, DINOv3ViTModel
 
 from mmseg_msvit import load_backbone, loading, pass_costs, record_tokens
 from mmseg_msvit.inspection import coarse_regions
@@ -57,8 +56,9 @@ def test_timm(name, options, told):
 
 def test_transformers_dinov3():
     """Whose names differ from those of timm, and whose norms have another eps than all others'."""
+    library = pytest.importorskip('transformers')
     shape = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=128)
-    source = random(DINOv3ViTModel(DINOv3ViTConfig(num_register_tokens=4, **shape)))
+    source = random(library.DINOv3ViTModel(library.DINOv3ViTConfig(num_register_tokens=4, **shape)))
     backbone = load_backbone(source.state_dict(), **FINE)
     assert backbone.layers[0].ln1.eps == 1e-5 and backbone.register_tokens.shape[1] == 4
     check(backbone, lambda images: source(images).last_hidden_state, 48, 80)
@@ -66,7 +66,9 @@ def test_transformers_dinov3():
 
 def test_the_real_dinov2(shared):
     path = shared('weights/dinov2_vits14_hf_fp16.safetensors')
-    source = Dinov2Model(Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14))
+    library = pytest.importorskip('transformers')
+    shape = dict(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14)
+    source = library.Dinov2Model(library.Dinov2Config(**shape))
     names = {n: n.replace('attention.output.dense', 'attention.o_proj') for n in load_file(path)}
     for old in ('query', 'key', 'value'):
         names = {n: new.replace(f'attention.attention.{old}', f'attention.{old[0]}_proj') for n, new in names.items()}

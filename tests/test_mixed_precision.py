@@ -6,12 +6,12 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import randomize, sample, tiny_segmentor
+from conftest import half_on_cpu, randomize, sample, tiny_segmentor
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmseg.registry import HOOKS, MODELS
 from torch.overrides import TorchFunctionMode
 
-HALVES = (torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, pytest.param(torch.float16, marks=half_on_cpu))
 DECIDING = {'gates', 'selection', 'gate_losses', 'distributions', 'doubt'}
 
 

@@ -117,6 +117,8 @@ def check_model(device: torch.device) -> None:
 
 def check_amp(device: torch.device, steps: int) -> None:
     """Steps of mixed precision, after which the loss must be finite and smaller."""
+    if not hasattr(torch.amp, 'GradScaler'):
+        raise InputError(f'wanted torch 2.3 or later, got {torch.__version__}')
     data = batch(device)
     for dtype in HALVES:
         model = segmentor().to(device)

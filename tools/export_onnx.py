@@ -19,8 +19,11 @@ ONNX opset 20. Tested with torch 2.13, onnx 1.23, onnxscript 0.7, ONNX Runtime 1
 import argparse
 from pathlib import Path
 
+import torch
+
 from mmseg_msvit.command_line import InputError, one_line_errors
 from mmseg_msvit.testset import load_config, load_model
+from mmseg_msvit.versions import BEFORE_TORCH_26
 
 
 def main() -> None:
@@ -33,6 +36,8 @@ def main() -> None:
     parser.add_argument('--classes', action='store_true', help='a class map out in the place of logits')
     args = parser.parse_args()
 
+    if BEFORE_TORCH_26:
+        raise InputError(f'wanted torch 2.6 or later, got {torch.__version__}')
     try:
         import onnxscript  # noqa: F401
 

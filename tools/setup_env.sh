@@ -116,6 +116,10 @@ def __getattr__(name):
     return op
 END
 fi
+# mmseg 1.2.2 stops at mmcv 2.2.0, with which it works.
+if [[ -n $(ls -d "$site"/mmcv*-2.2.0.dist-info 2>/dev/null) ]]; then
+  sed -i "s/MMCV_MAX = '2.2.0'/MMCV_MAX = '2.3.0'/" "$site/mmseg/__init__.py"
+fi
 
 say "mmseg_msvit, editable"
 uv pip install --no-deps --no-build-isolation --editable "$root"
