@@ -162,7 +162,17 @@ def cost(
 
 
 def pass_costs(backbone: MixedScale, tokens: TokenMap, heads: Optional[HeadMacs] = None) -> List[Dict[str, int]]:
-    """:func:`cost` of each image of a batch, as its tokens are at test time."""
+    """What each image of a batch costs, as its tokens are at test time, and what it would cost the dense ViT.
+
+    Args:
+        backbone: which made the tokens.
+        tokens: of the batch.
+        heads: counts neck and head; without it they are left out.
+
+    Returns:
+        For each image a dict of ``tokens`` (cls token and registers among them), multiply-accumulates of each part
+        (``gate``, ``embedding``, ``encoder``) and in ``total``; and of the dense ViT, with ``dense_`` before each name.
+    """
     counts = tokens.active_counts().tolist()
     macs = backbone.macs(tokens)
     return [cost(backbone, tokens.grid, count, parts, heads, tokens.dense_grid) for count, parts in zip(counts, macs)]

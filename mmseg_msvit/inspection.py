@@ -33,6 +33,9 @@ def record_tokens(model: nn.Module) -> Iterator[List[Tuple[TokenMap, Decision]]]
     """A list that fills with the tokens and the decision of each forward pass inside the ``with`` block.
 
     Slide inference and test-time augmentation make several of them for an image.
+
+    Args:
+        model: a backbone or a segmentor.
     """
     seen: List[Tuple[TokenMap, Decision]] = []
     handle = find_msvit(model).select.register_forward_hook(lambda module, args, out: seen.append(out))

@@ -59,10 +59,16 @@ def load_backbone(checkpoint: Union[str, os.PathLike, dict], prefix: str = '', *
 
     Raises:
         FileNotFoundError: there is no such file.
+        TypeError: it is neither a file nor a state dict.
         ValueError: it holds no plain ViT, or one that it alone does not tell enough of; the message names what to give.
     """
     if isinstance(checkpoint, (str, os.PathLike)):
         checkpoint = read_checkpoint(checkpoint)
+    if not isinstance(checkpoint, dict):
+        raise TypeError(
+            f'checkpoint must be a file, an address or a state dict, got {type(checkpoint).__name__}; of a model give '
+            'model.state_dict()'
+        )
     tensors = tensors_below(checkpoint, prefix)
     layout, renamed, _ = rename(tensors)
     arguments = {**_of_all(renamed, options), **_of_family(layout, renamed, options), **options}

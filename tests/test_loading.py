@@ -148,6 +148,8 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
         load_backbone(tmp_path / 'broken.pth')
     with pytest.raises(ValueError, match='checkpoint: wanted tensors'):
         load_backbone({})
+    with pytest.raises(TypeError, match=r'got Linear; of a model give model.state_dict\(\)'):
+        load_backbone(torch.nn.Linear(1, 1))
 
 
 def test_patches_of_another_shape_and_blocks_of_another_kind_are_refused():

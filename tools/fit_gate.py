@@ -27,17 +27,23 @@ from mmseg_msvit.visualization import draw_image
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument('config')
     parser.add_argument('checkpoint')
     parser.add_argument('--out', type=Path, required=True, help='folder for the converted model')
     parser.add_argument('--images', type=Path, help="folder of images; without it those of the config's training set")
-    parser.add_argument('--limit', type=positive, default=500, help='of more images so many are taken')
-    parser.add_argument('--target', choices=TARGETS, default='mixed', help="the model's own doubt, or ground truth")
-    parser.add_argument('--gate', choices=tuple(GATES), default='context')
+    parser.add_argument('--limit', type=positive, default=500, help='of images, at most')
+    parser.add_argument(
+        '--target', choices=TARGETS, default='mixed', help="mixed: the model's own doubt; labels: truth"
+    )
+    parser.add_argument(
+        '--gate', choices=tuple(GATES), default='context', help='with a view around each region, or not'
+    )
     parser.add_argument('--budget', type=float, default=0.6, help='share of the dense tokens that is kept on average')
     parser.add_argument('--full-size', action='store_true', help='save tokens by coarse regions alone')
-    parser.add_argument('--scales', type=positive, nargs='+', help="pixels of a token's side; two by default")
+    parser.add_argument('--scales', type=positive, nargs='+', help="pixels of a token's side, as 16 32 64; None: two")
     parser.add_argument('--steps', type=positive, default=500, help='of the optimizer, each of 8 images')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Writes docs/reference.md: every registered class with its options, from docstrings and signatures.
+"""Writes docs/reference.md: every public class and function with its options, from docstrings and signatures.
 
 python tools/make_reference.py [docs/reference.md]
 """
@@ -7,7 +7,7 @@ import argparse
 import inspect
 import re
 from pathlib import Path
-from typing import List
+from typing import Callable, List
 
 from docstring_parser import DocstringStyle, parse
 
@@ -21,8 +21,8 @@ from mmseg_msvit.token_heads import TokenHead
 HEAD = """\
 # Reference
 
-What a config's `type` may name once `mmseg_msvit` is imported, and the options of each. Made by
-`tools/make_reference.py` from the docstrings; a test compares them.
+What a config's `type` may name once `mmseg_msvit` is imported, the options of each, and what Python code imports. Made
+by `tools/make_reference.py` from the docstrings; a test compares them.
 """
 GROUPS = {'Backbones': MixedScale, 'Gates': Gate, 'Gate losses': GateLoss, 'Heads on tokens': TokenHead}
 
@@ -38,11 +38,14 @@ def is_ours(cls: type) -> bool:
     return cls.__module__.startswith('mmseg_msvit') and '__init__' in vars(cls)
 
 
-def table(cls: type) -> List[str]:
-    """The options that a class itself adds: name, default and meaning."""
-    meanings = {param.arg_name: param.description for param in parse(cls.__doc__, DocstringStyle.GOOGLE).params}
+def table(what: Callable) -> List[str]:
+    """The options that a class itself adds, or a function has: name, default and meaning."""
+    meanings = {param.arg_name: param.description for param in parse(what.__doc__, DocstringStyle.GOOGLE).params}
+    parameters = inspect.signature(what.__init__ if inspect.isclass(what) else what).parameters
     rows = []
-    for name, param in list(inspect.signature(cls.__init__).parameters.items())[1:]:
+    for name, param in parameters.items():
+        if name == 'self':
+            continue
         if param.kind not in (param.VAR_POSITIONAL, param.VAR_KEYWORD):
             default = '' if param.default is param.empty else f'`{param.default!r}`'
             meaning = prose(meanings.get(name, '')).replace('|', r'\|')
@@ -50,12 +53,23 @@ def table(cls: type) -> List[str]:
     return ['', '| option | default | meaning |', '| --- | --- | --- |', *rows] if rows else []
 
 
+def described(what: Callable, title: str) -> List[str]:
+    """Heading and text, without examples."""
+    doc = parse(what.__doc__, DocstringStyle.GOOGLE)
+    parts = [part for part in (doc.long_description or '').split('\n\n') if part and '>>>' not in part]
+    return [f'### {title}', '', prose(doc.short_description), *(line for part in parts for line in ('', prose(part)))]
+
+
+def function_entry(function: Callable, title: str) -> str:
+    """A function's section."""
+    returns = parse(function.__doc__, DocstringStyle.GOOGLE).returns
+    lines = described(function, title) + table(function)
+    return '\n'.join([*lines, *(['', f'Returns {prose(returns.description)}'] if returns else [])]) + '\n'
+
+
 def entry(cls: type, title: str) -> str:
     """A class's section."""
-    doc = parse(cls.__doc__, DocstringStyle.GOOGLE)
-    lines = [f'### {title}', '', prose(doc.short_description)]
-    if doc.long_description:
-        lines += [line for part in doc.long_description.split('\n\n') for line in ('', prose(part))]
+    lines = described(cls, title)
     if is_ours(cls):
         lines += table(cls)
     inherited = [f'[{base.__name__}](#{base.__name__.lower()})' for base in cls.__mro__[1:] if is_ours(base)]
@@ -80,6 +94,9 @@ def reference() -> str:
             parts.append(entry(ClassificationMSViT, "MSViT, in mmpretrain's registry"))
         parts += [entry(cls, name) for name, cls in shared.items() if name not in group]
     parts += ['## Hooks, metrics, optimizers\n', *(entry(cls, name) for name, cls in sorted(classes.items()))]
+    functions = {name: getattr(mmseg_msvit, name) for name in mmseg_msvit.__all__}
+    functions = {name: value for name, value in functions.items() if inspect.isroutine(value)}
+    parts += ['## Functions\n', *(function_entry(value, name) for name, value in functions.items())]
     return '\n'.join(parts)
 
 
