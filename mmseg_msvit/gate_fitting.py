@@ -31,6 +31,8 @@ from .tokens import Grid
 STANDS_IN = {'VisionTransformer': 'MSViT', 'BEiT': 'MSBEiT', 'MAE': 'MSMAE'}
 STANDS_IN.update({kind: kind for kind in STANDS_IN.values()})
 GATES = dict(context='ContextGate', mlp='MLPGate')
+# Images smaller than this lost more than coarser regions did, at each budget that was tried.
+SMALLEST = 0.85
 BATCH = 8
 LEARNING_RATE = 1e-3
 
@@ -83,18 +85,17 @@ def _crop(model: nn.Module, examples: List[Example], windows: List[Window], rng:
 
 
 def shared_size(budget: float) -> float:
-    """The size of images, as a share of their height and width, at which half of the saving is theirs.
+    """The size of images, as a share of their height and width, at which half of the saving is theirs, or ``SMALLEST``.
 
     Tokens are saved by coarse regions, where the gate sees no need for fine ones, and by a smaller image, everywhere.
-    The first few cost least in both ways, so a little of both is better than much of one: an image of as many cells as
-    the square root of the budget says, and as many tokens of those. Which size is best cannot be asked of the dense
-    model: what it says of a smaller image differs from what it says of the whole one along every edge, and is as often
-    right. Measured in ``docs/benchmarks.md``.
+    The first few cost least in both ways, so a little of both is better than much of one. Which size is best cannot be
+    asked of the dense model: what it says of a smaller image differs from what it says of the whole one along every
+    edge, and is as often right. Measured in ``docs/benchmarks.md``.
 
     Args:
         budget: the share of the dense tokens that is kept.
     """
-    return budget**0.25
+    return max(SMALLEST, budget**0.25)
 
 
 def fit(model: nn.Module, examples: List[Example], windows: List[Window], budget: float, steps: int) -> None:

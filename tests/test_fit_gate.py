@@ -17,7 +17,7 @@ from mmseg.apis import inference_model, init_model
 from mmseg.registry import MODELS
 
 from mmseg_msvit.doubt import class_shares, region_doubt
-from mmseg_msvit.gate_fitting import convert
+from mmseg_msvit.gate_fitting import convert, shared_size
 from mmseg_msvit.inspection import record_tokens
 from mmseg_msvit.testset import FileReader, load_config
 from mmseg_msvit.toy_scenes import scene
@@ -146,10 +146,15 @@ def test_a_dense_model_is_converted(scales, budget, folder, fit, tmp_path, capsy
     assert agreement(found) > max(random)
 
 
-def test_half_of_the_saving_is_the_size(folder, fit, tmp_path):
+@pytest.mark.parametrize('budget, size', [(1, 1), (0.81, 0.9**0.5), (0.6, 0.6**0.25), (0.3, 0.85)])
+def test_half_of_the_saving_is_the_size_but_images_stay_legible(budget, size):
+    assert shared_size(budget) == pytest.approx(size)
+
+
+def test_part_of_the_saving_is_the_size(folder, fit, tmp_path):
     assert fit('--out', tmp_path, '--budget', 0.5, '--steps', 150) is None
     model = init_model(str(tmp_path / 'config.py'), str(tmp_path / 'checkpoint.pth'), device='cpu')
-    assert model.backbone.input_scale == pytest.approx(0.5**0.25, abs=1e-3)
+    assert model.backbone.input_scale == 0.85
     found = look(model, folder, tmp_path / 'config.py', 'train')
     assert 0.45 < np.mean([tokens for tokens, *_ in found]) <= 0.5 + 1e-6
 
