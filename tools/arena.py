@@ -168,9 +168,9 @@ def draw(rows: list) -> Figure:
             curves.setdefault(name, []).append(row)
     for name, curve in curves.items():
         curve.sort(key=lambda row: row['encoder'])
-        style = '--' if '3 scales' in name else '-'
+        style = dict(ls='--', marker='^') if 'scales' in name else dict(ls='-', marker='o')
         x, y, spread = ([row[key] for row in curve] for key in ('encoder', 'lost', 'lost_std'))
-        axes.errorbar([100 * v for v in x], [-v for v in y], yerr=spread, marker='o', capsize=3, ls=style, label=name)
+        axes.errorbar([100 * v for v in x], [-v for v in y], yerr=spread, capsize=3, label=name, **style)
     axes.axhline(0, color='black', lw=0.8)
     axes.set(xlabel="% of the dense encoder's MACs", ylabel='mIoU against dense')
     axes.grid(alpha=0.3)
