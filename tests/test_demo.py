@@ -164,6 +164,8 @@ def test_in_a_browser(browser, served, tmp_path):
         assert page.evaluate('[...document.images].map(i => i.naturalWidth)') == [672] * 4
         page.set_viewport_size(dict(width=360, height=800))
         assert page.evaluate('document.documentElement.scrollWidth <= innerWidth')
+        places = [page.locator(name).bounding_box() for name in ('#drop', '#controls')]
+        assert places[0]['y'] + places[0]['height'] <= places[1]['y']
 
         page.set_input_files('#file', tmp_path / 'broken.jpg')
         expect(page.get_by_role('alert')).to_contain_text('image: wanted a picture')
