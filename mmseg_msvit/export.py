@@ -175,9 +175,8 @@ def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
         palette=reader.palette,
         mean=pixels.mean.flatten().tolist() if normalised else [0.0] * channels,
         std=pixels.std.flatten().tolist() if normalised else [1.0] * channels,
-        bgr_to_rgb=bool(
-            getattr(pixels, 'channel_conversion', getattr(pixels, '_channel_conversion', False))
-        ),  # onedl's
+        # The second name is onedl's.
+        bgr_to_rgb=bool(getattr(pixels, 'channel_conversion', getattr(pixels, '_channel_conversion', False))),
         size_divisor=(pixels.test_cfg or {}).get('size_divisor') or 1,
         pad_val=pixels.pad_val,
         resize=resize,

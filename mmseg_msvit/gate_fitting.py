@@ -31,7 +31,7 @@ from .tokens import Grid
 STANDS_IN = {'VisionTransformer': 'MSViT', 'BEiT': 'MSBEiT', 'MAE': 'MSMAE'}
 STANDS_IN.update({kind: kind for kind in STANDS_IN.values()})
 GATES = dict(context='ContextGate', mlp='MLPGate')
-# Images smaller than this lost more than coarser regions did, at each budget that was tried.
+# Images smaller than this lost more than coarser regions did, at the two budgets where it was tried.
 SMALLEST = 0.85
 BATCH = 8
 LEARNING_RATE = 1e-3
@@ -90,12 +90,12 @@ def shared_size(budget: float) -> float:
     Tokens are saved by coarse regions, where the gate sees no need for fine ones, and by a smaller image, everywhere.
     The first few cost least in both ways, so a little of both is better than much of one. Which size is best cannot be
     asked of the dense model: what it says of a smaller image differs from what it says of the whole one along every
-    edge, and is as often right. Measured in ``docs/benchmarks.md``.
+    edge, and is nearly as often right. Measured in ``docs/benchmarks.md``.
 
     Args:
         budget: the share of the dense tokens that is kept.
     """
-    return max(SMALLEST, budget**0.25)
+    return round(max(SMALLEST, budget**0.25), 3)
 
 
 def fit(model: nn.Module, examples: List[Example], windows: List[Window], budget: float, steps: int) -> None:

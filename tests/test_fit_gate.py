@@ -148,11 +148,11 @@ def test_a_dense_model_is_converted(scales, budget, folder, fit, tmp_path, capsy
 
 @pytest.mark.parametrize('budget, size', [(1, 1), (0.81, 0.9**0.5), (0.6, 0.6**0.25), (0.3, 0.85)])
 def test_half_of_the_saving_is_the_size_but_images_stay_legible(budget, size):
-    assert shared_size(budget) == pytest.approx(size)
+    assert shared_size(budget) == pytest.approx(size, abs=1e-3)
 
 
 def test_part_of_the_saving_is_the_size(folder, fit, tmp_path):
-    assert fit('--out', tmp_path, '--budget', 0.5, '--steps', 150) is None
+    assert fit('--out', tmp_path, '--budget', 0.5, '--steps', 30) is None
     model = init_model(str(tmp_path / 'config.py'), str(tmp_path / 'checkpoint.pth'), device='cpu')
     assert model.backbone.input_scale == 0.85
     found = look(model, folder, tmp_path / 'config.py', 'train')

@@ -4,8 +4,8 @@
 
 Each CHECKPOINT, a seed, runs once over the images of training, from which gates are fitted without labels and with
 them, and once over the test set; then each chooser at each budget runs over the test set, on whole images, and on such
-smaller ones as tools/fit_gate.py takes, which save half of the tokens. What is finished is not done
-again: the same command goes on where it stopped. Writes arena.json, arena.md and arena.png.
+smaller ones as tools/fit_gate.py takes. What is finished is not done again: the same command goes on where it stopped.
+Writes arena.json, arena.md and arena.png.
 """
 
 import argparse
@@ -32,7 +32,7 @@ FITTED = {
     'context, labels': ('context', 'labels'),
 }
 # Sizes of the images for a budget; the second is that of tools/fit_gate.py.
-SIZES = dict(whole=lambda budget: 1.0, shared=lambda budget: round(shared_size(budget), 3))
+SIZES = dict(whole=lambda budget: 1.0, shared=shared_size)
 
 
 def save(path: Path, what: list) -> None:

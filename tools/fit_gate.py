@@ -60,7 +60,7 @@ def main() -> None:
     examples, windows = gather(dense, reader, images, truths, args.target)
     backbone = model.backbone
     fit(model, examples, windows, args.budget, args.steps)
-    backbone.input_scale = 1.0 if args.full_size else round(shared_size(args.budget), 3)
+    backbone.input_scale = 1.0 if args.full_size else shared_size(args.budget)
     backbone.select.threshold, share = find_threshold(model, examples, windows, args.budget)
     write(config, model, changes, reader.dataset.metainfo, args.out)
 
