@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .command_line import InputError
 from .doubt import class_shares
 from .purity import IGNORE_INDEX
-from .testset import FileReader, list_images
+from .testset import FileReader, list_images, load_testset
 from .tokens import Grid
 
 TARGETS = ('mixed', 'labels')
@@ -85,6 +85,20 @@ def find_images(config: Config, folder: Optional[Path], limit: int) -> Tuple[Lis
         raise InputError(f'CONFIG: wanted images in the training set of {config.filename}, got none')
     chosen = np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(int)
     return [images[i] for i in chosen], [truths[i] if truths[i] and truths[i].is_file() else None for i in chosen]
+
+
+def test_images(config: Config) -> Tuple[List[Path], List[Path]]:
+    """Images of a config's test set, and the files of their labels.
+
+    Args:
+        config: by :func:`.load_config`.
+
+    Raises:
+        InputError: there are none.
+    """
+    dataset = load_testset(config)
+    infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+    return [Path(info['img_path']) for info in infos], [Path(info['seg_map_path']) for info in infos]
 
 
 @torch.no_grad()

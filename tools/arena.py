@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 
 from mmseg_msvit.arena import CHOOSERS, dense, play, score_gates, smaller
 from mmseg_msvit.command_line import one_line_errors, positive
-from mmseg_msvit.dense_pass import find_images, gather
+from mmseg_msvit.dense_pass import find_images, gather, test_images
 from mmseg_msvit.flops import PLAIN_VITS
 from mmseg_msvit.gate_fitting import convert, fit, shared_size
-from mmseg_msvit.testset import FileReader, load_config, load_model, load_testset
+from mmseg_msvit.testset import FileReader, load_config, load_model
 
 # Fitted gates: name -> kind of gate, and what it is fitted to.
 FITTED = {
@@ -65,9 +65,7 @@ class Contest:
         """Images of ``mixed`` or ``labels`` (training) or ``test`` through the dense model."""
         if which not in self.images:
             if which == 'test':
-                infos = load_testset(self.config)
-                infos = [infos.get_data_info(i) for i in range(len(infos))][: self.args.limit]
-                images, truths = zip(*((Path(i['img_path']), Path(i['seg_map_path'])) for i in infos))
+                images, truths = (files[: self.args.limit] for files in test_images(self.config))
             else:
                 images, truths = find_images(self.config, None, self.args.fit_images)
             target = 'labels' if which == 'labels' else 'mixed'

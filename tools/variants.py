@@ -1,0 +1,174 @@
+"""Trains a dense segmentor's twins with mixed-scale tokens in several ways, for as many steps as it, and tests each.
+
+    python tools/variants.py CONFIG CHECKPOINT [CHECKPOINT ...] --converted FOLDER [FOLDER ...] --out variants
+
+CONFIG is that of the dense segmentor, an MSViT with a FixedGate, each CHECKPOINT a seed of it, 0, 1 and so on, and each
+FOLDER what tools/fit_gate.py --full-size made of it: its gate is that of the variant "fitted". A variant is trained
+from the weights that CONFIG begins with, and run over the test set with all tokens fine, then with as many as --budget
+allows. What is finished is not done again: the same command goes on where it stopped. Writes variants.json and
+variants.md.
+"""
+
+import argparse
+import json
+import os
+import statistics
+from copy import deepcopy
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Optional
+
+from mmengine.config import Config, ConfigDict
+from mmengine.runner import Runner
+
+from mmseg_msvit.arena import dense, play, score_gates, score_random
+from mmseg_msvit.command_line import InputError, one_line_errors
+from mmseg_msvit.dense_pass import gather, test_images
+from mmseg_msvit.gate_fitting import shared_size
+from mmseg_msvit.testset import FileReader, load_config, load_model
+
+CONTEXT = dict(type='ContextGate')
+SHAPING = dict(type='GeneralizedBatchShapingLoss')
+DOUBT = dict(type='DoubtLoss')
+# What the backbone of a variant has; a coarse half of the regions is 62 % of the tokens.
+VARIANTS = {
+    'fitted': {},
+    'doubt': dict(gate=CONTEXT, gate_loss=DOUBT, train_tokens='active'),
+    'doubt, dense at first': dict(
+        gate=dict(CONTEXT, init_coarse=0.05), gate_loss=dict(DOUBT, target_warmup=300), train_tokens='active'
+    ),
+    'purity': dict(
+        gate=CONTEXT, gate_loss=[dict(type='PurityLoss'), dict(SHAPING, loss_weight=0.1)], train_tokens='active'
+    ),
+    'paper': dict(gate=dict(type='MLPGate'), gate_loss=SHAPING, train_tokens='trimmed'),
+    'random': dict(gate=dict(type='RandomGate', coarse_ratio=0.5)),
+    'coarse': dict(gate=dict(type='FixedGate', coarse=True)),
+}
+DETAILS = {'': {}, ' + detail': dict(coarse_embed='resize+detail', out_detail='residual')}
+
+
+def variant_config(config: Config, name: str, converted: Path, crop: Optional[int]) -> Config:
+    """The config of a variant: the dense one's with another backbone and, for a gate that learns, a hook.
+
+    Args:
+        config: of the dense segmentor.
+        name: of ``VARIANTS``, perhaps with an end of ``DETAILS``.
+        converted: folder with what became of the dense twin.
+        crop: pixels along a training image's side; None for the config's own.
+    """
+    config = deepcopy(config)
+    kind, plus, rest = name.partition(' + ')
+    fitted = load_config(str(converted / 'config.py')).model.backbone
+    changes = deepcopy({**VARIANTS[kind], **DETAILS[plus + rest], 'scales': fitted.scales})
+    if kind == 'fitted':
+        source = dict(type='Pretrained', checkpoint=str(converted / 'checkpoint.pth'), prefix='backbone.gate.')
+        changes['gate'] = dict(fitted.gate, init_cfg=source)
+    config.model.backbone = ConfigDict({**config.model.backbone, **changes})
+    if 'gate_loss' in changes:
+        config.custom_hooks = [*config.get('custom_hooks', []), dict(type='GateLossHook')]
+        config.optim_wrapper.paramwise_cfg = dict(config.optim_wrapper.get('paramwise_cfg', {}), gate_lr_mult=10.0)
+    if crop is not None:
+        config.model.data_preprocessor.size = (crop, crop)
+        for transform in config.train_dataloader.dataset.pipeline:
+            if transform['type'] == 'RandomCrop':
+                transform['crop_size'] = (crop, crop)
+    return config
+
+
+def train(config: Config, seed: int, folder: Path) -> str:
+    """Trains to the end, from where an earlier run stopped, and gives the path of the checkpoint."""
+    last = folder / f'iter_{config.train_cfg.max_iters}.pth'
+    if not last.is_file():
+        config = deepcopy(config)
+        config.work_dir, config.resume, config.randomness = str(folder), True, dict(seed=seed)
+        config.val_cfg = config.val_dataloader = config.val_evaluator = None
+        config.default_hooks.checkpoint = dict(type='CheckpointHook', by_epoch=False, interval=100, max_keep_ckpts=1)
+        Runner.from_cfg(config).train()
+    return str(last)
+
+
+def test(config: Config, checkpoint: str, name: str, budget: float, device: str) -> list:
+    """Results of the test set: all fine, then within the budget on whole images and on those of ``shared_size``."""
+    model = load_model(config, checkpoint, device)
+    model.backbone.select.threshold = 1.0  # no region is coarse
+    examples, windows = gather(model, FileReader(config), *test_images(config), 'mixed')
+    results = [replace(dense(model, examples), chooser='fine')]
+    kind = name.partition(' + ')[0]
+    score = score_random if kind in ('random', 'coarse') else score_gates
+    for size in (1.0,) if kind == 'coarse' else (1.0, shared_size(budget)):
+        model.backbone.input_scale = size
+        spent = None if kind == 'coarse' else budget
+        results.append(play(model, examples, windows, 'mixed', score(model, examples, windows), spent))
+    return [asdict(result) for result in results]
+
+
+def test_dense(config: Config, checkpoint: str, device: str) -> float:
+    """The mIoU of the dense segmentor."""
+    model = load_model(config, checkpoint, device)
+    return dense(model, gather(model, FileReader(config), *test_images(config), 'mixed')[0]).miou
+
+
+def markdown(runs: list) -> str:
+    """The table: means over seeds, and their standard deviation."""
+    groups = {}
+    for run in runs:
+        for result in run['results']:
+            key = (run['name'], run['crop'], result['chooser'], result['size'])
+            groups.setdefault(key, []).append(dict(result, lost=run['dense'] - result['miou']))
+    lines = ['| variant | crop | tokens | images at | encoder MACs | mIoU | below dense | seeds |', '| --- ' * 8 + '|']
+    for (name, crop, _, size), group in groups.items():
+        means = {key: statistics.fmean(r[key] for r in group) for key in ('tokens', 'encoder', 'miou', 'lost')}
+        spread = f' +- {statistics.stdev(r["lost"] for r in group):.2f}' if len(group) > 1 else ''
+        lines.append(
+            f'| {name} | {crop or ""} | {means["tokens"]:.0%} | {size:.2f} | {means["encoder"]:.0%} '
+            f'| {means["miou"]:.2f} | {means["lost"]:.2f}{spread} | {len(group)} |'
+        )
+    return '\n'.join(lines) + '\n'
+
+
+def save(path: Path, text: str) -> None:
+    """A whole file or none."""
+    unfinished = path.with_name(path.name + '.unfinished')
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('config', help='of the dense segmentor')
+    parser.add_argument('checkpoints', nargs='+', help='of the dense segmentor, one for each seed')
+    names = [kind + detail for kind in VARIANTS for detail in DETAILS]
+    parser.add_argument('--variants', nargs='+', choices=names, default=names, metavar='NAME', help=', '.join(names))
+    parser.add_argument('--converted', nargs='+', type=Path, required=True, help='by tools/fit_gate.py, one for each')
+    parser.add_argument('--crop', type=int, help="pixels of a training image's side; else the config's")
+    parser.add_argument('--budget', type=float, default=0.62, help='share of the dense tokens')
+    parser.add_argument('--out', type=Path, default=Path('work_dirs/variants'))
+    parser.add_argument('--device', default='cpu')
+    args = parser.parse_args()
+
+    if len(args.converted) != len(args.checkpoints):
+        wanted, got = len(args.checkpoints), len(args.converted)
+        raise InputError(f'--converted: wanted a folder for each checkpoint, {wanted}, got {got}')
+    args.out.mkdir(parents=True, exist_ok=True)
+    file, base = args.out / 'variants.json', load_config(args.config)
+    runs = json.loads(file.read_text()) if file.exists() else []
+    for name in args.variants:
+        for seed, (checkpoint, converted) in enumerate(zip(args.checkpoints, args.converted)):
+            key = dict(name=name, seed=seed, crop=args.crop)
+            if any(key.items() <= run.items() for run in runs):
+                continue
+            config = variant_config(base, name, converted, args.crop)
+            folder = args.out / f'{name.replace(", ", "_").replace(" ", "_")}_{args.crop or ""}_{seed}'
+            results = test(config, train(config, seed, folder), name, args.budget, args.device)
+            known = [run['dense'] for run in runs if run['seed'] == seed]
+            top = known[0] if known else test_dense(base, checkpoint, args.device)
+            runs.append(dict(key, dense=top, results=results))
+            save(file, json.dumps(runs, indent=2) + '\n')
+            print(runs[-1], flush=True)
+    save(args.out / 'variants.md', markdown(runs))
+    print(markdown(runs))
+
+
+if __name__ == '__main__':
+    with one_line_errors():
+        main()
