@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .tokens import Grid, TokenMap, region_grid
+from .tracing import first, traced
 
 
 def pad_to_regions(images: Tensor, patch: int, side: int) -> Tuple[Tensor, Grid]:
@@ -24,8 +25,10 @@ def pad_to_regions(images: Tensor, patch: int, side: int) -> Tuple[Tensor, Grid]
     height, width = images.shape[-2:]
     grid = region_grid((height, width), patch)
     hc, wc = region_grid(grid, side)
-    region = patch * side
-    return F.pad(images, (0, wc * region - width, 0, hc * region - height)), grid
+    right, below = wc * patch * side - width, hc * patch * side - height
+    if not traced() and right == below == 0:
+        return images, grid  # padding copies in any case
+    return F.pad(images, (0, right, 0, below)), grid
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
@@ -36,10 +39,27 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 
 
 def patches_at(images: Tensor, patch: int, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """The rows (M, C * patch * patch) that :func:`patchify` gives at M places: (M,) int64 images, rows and columns."""
+    """The rows (..., C * patch * patch) of :func:`patchify` at places (...): int64 images, rows and columns."""
     b, c, height, width = images.shape
     cells = images.view(b, c, height // patch, patch, width // patch, patch)
-    return cells.permute(0, 2, 4, 1, 3, 5)[image, y, x].flatten(1)
+    return cells.permute(0, 2, 4, 1, 3, 5)[image, y, x].flatten(-3)
+
+
+def candidate_patches(images: Tensor, patch: int, sides: Sequence[int], grid: Grid) -> Tensor:
+    """The patches of all tokens that an image can have, the coarsest level first: (B, T, C * patch * patch).
+
+    Args:
+        images: (B, C, H, W), padded to whole regions.
+        patch: pixels along a cell's side.
+        sides: cells along a token's side at each level, beginning with 1.
+        grid: (h, w), the cells that hold a pixel of the image.
+    """
+    levels = []
+    for side in reversed(sides):
+        h, w = region_grid(grid, side)
+        rows = patchify(images if side == 1 else area_mean(images, side), patch)
+        levels.append(first(first(rows, h, 1), w, 2).flatten(1, 2))  # (B, h * w of the level, P)
+    return torch.cat(levels, 1)
 
 
 def area_mean(images: Tensor, side: int) -> Tensor:
@@ -110,14 +130,17 @@ class ZeroLinear(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
-def add_detail(x: Tensor, fine: Tensor, tokens: TokenMap, level: int, embed: PatchRows, detail: CoarseDetail) -> Tensor:
+def add_detail(
+    x: Tensor, images: Tensor, tokens: TokenMap, level: int, patch: int, embed: PatchRows, detail: CoarseDetail
+) -> Tensor:
     """Adds to a level's rows of x (N, C) what its detail makes of their cells; cells beyond the grid count zero.
 
     Args:
         x: (N, C).
-        fine: (B, h, w, P), the patches of the cells, padding's too.
+        images: (B, C, H, W), padded to whole regions.
         tokens: where the rows are.
         level: a coarse one.
+        patch: pixels along a cell's side.
         embed: the patch embedding.
         detail: of the level.
     """
@@ -128,7 +151,7 @@ def add_detail(x: Tensor, fine: Tensor, tokens: TokenMap, level: int, embed: Pat
     y = (place[:, :1] * side + cell)[:, :, None]  # (M, side, 1)
     xs = (place[:, 1:] * side + cell)[:, None]  # (M, 1, side)
     inside = ((y < tokens.grid[0]) & (xs < tokens.grid[1])).to(x.dtype)  # (M, side, side)
-    cells = embed(fine[tokens.image[row][:, None, None], y, xs])  # (M, side, side, C)
+    cells = embed(patches_at(images, patch, tokens.image[row][:, None, None], y, xs))  # (M, side, side, C)
     added = detail((cells * inside[..., None]).permute(0, 3, 1, 2)).flatten(1)  # (M, C)
     return x.index_add(0, row, added.to(x.dtype))
 

@@ -24,9 +24,8 @@ from .embedding import (
     ZeroLinear,
     add_detail,
     add_out_detail,
-    area_mean,
+    candidate_patches,
     pad_to_regions,
-    patchify,
 )
 from .gated import Gated
 from .gates import Gate
@@ -219,6 +218,8 @@ class MixedScale(Gated):
             self.keep_for_losses(seen, tokens, decision)
 
         x = self.embed(images, tokens)  # (N, C)
+        if self.out_details is None:
+            del images  # padded or smaller ones take more memory than the tokens
         outputs = [self._output(0, x, tokens)] if self.out_origin else []
         whole, places = tokens, self.places(tokens)
         for i, layer in enumerate(self.layers):
@@ -277,19 +278,11 @@ class MixedScale(Gated):
             images: (B, C, H, W), padded to whole regions.
             tokens: which ones are kept, squares of cells at the levels of ``scales``.
         """
-        h, w = tokens.grid
-        fine = patchify(images, self.patch_size)  # (B, hp, wp, P), with the padding's cells
-        levels = []  # (B, h * w of the level, P), coarsest first
-        for side in reversed(self.sides[1:]):
-            hc, wc = region_grid(tokens.grid, side)
-            coarse = patchify(area_mean(images, side), self.patch_size)
-            levels.append(first(first(coarse, hc, 1), wc, 2).flatten(1, 2))
-        levels.append(first(first(fine, h, 1), w, 2).flatten(1, 2))
-        patches = torch.cat(levels, 1)  # (B, T, P)
+        patches = candidate_patches(images, self.patch_size, self.sides, tokens.grid)  # (B, T, P)
         patch = candidate_number(tokens, self.sides)  # (N,), -1 for a prefix row
         x = self.patch_embed(patches[tokens.image, patch])  # (N, C), in prefix rows some patch's, replaced below
         for level, detail in enumerate(self.details, 1):
-            x = add_detail(x, fine, tokens, level, self.patch_embed, detail)
+            x = add_detail(x, images, tokens, level, self.patch_size, self.patch_embed, detail)
         position = self.position(tokens)  # (T + 1, C)
         if position is not None:
             x = x + position.to(x.dtype)[patch]

@@ -1,15 +1,27 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import build_msvit
 
-from mmseg_msvit.embedding import area_mean, pad_to_regions, patchify
+from mmseg_msvit.embedding import area_mean, pad_to_regions, patches_at, patchify
 from mmseg_msvit.positions import resample_by_products, resample_table, table_positions
+from mmseg_msvit.timing import peak_memory
 
 
 def test_patchify_is_a_convolutions_order():
     images, conv = torch.randn(2, 3, 8, 12), torch.nn.Conv2d(3, 5, 4, 4)
     rows = F.linear(patchify(images, 4), conv.weight.flatten(1), conv.bias)
     torch.testing.assert_close(rows.permute(0, 3, 1, 2), conv(images))
+
+
+def test_patches_at_places_are_those_of_all():
+    images = torch.randn(2, 3, 8, 12)
+    image, y, x = (
+        torch.tensor([[[0, 1]], [[1, 0]]]),
+        torch.tensor([[[1, 0]], [[1, 1]]]),
+        torch.tensor([[[2, 0]], [[1, 2]]]),
+    )
+    assert torch.equal(patches_at(images, 4, image, y, x), patchify(images, 4)[image, y, x])
 
 
 @pytest.mark.parametrize('side', [2, 3, 4])
@@ -80,3 +92,23 @@ def test_a_table_is_resampled_with_or_without_smoothing(mode):
 def test_resampling_by_products(mode, size):
     table = torch.randn(1, 3, 9, 7, dtype=torch.float64)
     torch.testing.assert_close(resample_by_products(table, size, mode), resample_table(table, size, mode))
+
+
+@torch.no_grad()
+def test_memory_follows_the_tokens():
+    half, fine = (
+        build_msvit(img_size=512, embed_dims=384, num_heads=6, num_layers=1, out_indices=0, gate=gate, gate_loss=None)
+        for gate in (dict(type='VarianceGate', coarse_ratio=0.5), dict(type='FixedGate'))
+    )
+    images = torch.randn(1, 3, 512, 512)
+    assert peak_memory(half, images) <= 0.65 * peak_memory(fine, images)
+
+
+@torch.no_grad()
+def test_a_photograph_goes_through_in_one_piece():
+    model = build_msvit(scales=(16, 32, 64), gate=dict(type='RandomGate', coarse_ratio=0.9), gate_loss=None)
+    images = torch.randn(1, 3, 3000, 4000)
+    outputs = []
+    megabytes = peak_memory(lambda images: outputs.append(model(images)[-1]), images)
+    assert outputs[0].shape == (1, 32, 188, 250)
+    assert megabytes < 700  # the image itself has 137
