@@ -105,10 +105,10 @@ def dense_looks(folder):
     return look(model, folder, folder / 'all_fine.py', 'val')
 
 
-@pytest.mark.parametrize('scales, budget', [((16, 32), 0.6), ((16, 32, 64), 0.35)])
-def test_a_dense_model_is_converted(scales, budget, folder, fit, tmp_path, capsys):
+@pytest.mark.parametrize('scales, budget, steps', [((16, 32), 0.6, 150), ((16, 32, 64), 0.35, 300)])
+def test_a_dense_model_is_converted(scales, budget, steps, folder, fit, tmp_path, capsys):
     out = tmp_path / 'a/b'
-    options = ('--budget', budget, '--scales', *scales, '--steps', 150, '--full-size')
+    options = ('--budget', budget, '--scales', *scales, '--steps', steps, '--full-size')
     assert fit('--out', out, *options) is None
     printed = capsys.readouterr().out
     assert '24 images' in printed and 'converted' in printed and 'mIoU' in printed
@@ -130,7 +130,7 @@ def test_a_dense_model_is_converted(scales, budget, folder, fit, tmp_path, capsy
     dense = dense_looks(folder)
     found = look(model, folder, out / 'config.py', 'val')
     finest, *coarser = rank_correlation(found, dense, model.backbone.sides[1:])
-    assert finest > 0.7 and all(rank > 0.3 for rank in coarser)  # of 32 images with 4 of the coarser regions each
+    assert finest > 0.7 and all(rank > 0.6 for rank in coarser)
 
     def agreement(looks):
         pairs = [(a[3].pred_sem_seg.data == b[3].pred_sem_seg.data).float().mean() for a, b in zip(looks, dense)]
