@@ -1,8 +1,10 @@
-"""What all tools share on the command line: errors in one line, and numbers that are checked."""
+"""What all tools share: errors in one line, numbers that are checked, and files that are whole or absent."""
 
 import argparse
+import os
 from contextlib import contextmanager
-from typing import Iterator
+from pathlib import Path
+from typing import Callable, Iterator
 
 
 class InputError(ValueError):
@@ -23,3 +25,15 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'wanted a whole number from 1, got {text!r}')
     return int(text)
+
+
+def write_whole(path: Path, save: Callable[[Path], object]) -> None:
+    """Makes a file that is there as a whole or not at all; an older one stays until then.
+
+    Args:
+        path: of the file.
+        save: writes it to the path that it gets, which is another one.
+    """
+    unfinished = path.with_name(f'{path.name}.unfinished')
+    save(unfinished)
+    os.replace(unfinished, path)

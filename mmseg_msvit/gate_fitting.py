@@ -19,7 +19,7 @@ from mmseg.registry import MODELS
 from rich.progress import track
 from torch import Tensor, nn
 
-from .command_line import InputError
+from .command_line import InputError, write_whole
 from .dense_pass import Example, Window, pixels
 from .doubt import doubt_scale, doubt_target, region_doubt
 from .gates import FixedGate
@@ -277,6 +277,4 @@ def write(config: Config, model: nn.Module, changes: dict, metainfo: dict, out: 
         ('checkpoint.pth', partial(torch.save, dict(meta=meta, state_dict=weights))),
         ('config.py', lambda path: path.write_text('\n'.join(lines) + '\n')),
     ):
-        unfinished = out / f'{name}.unfinished'
-        save(unfinished)
-        os.replace(unfinished, out / name)
+        write_whole(out / name, save)

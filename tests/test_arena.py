@@ -1,4 +1,4 @@
-"""The arena: equal tokens for all choosers, what is known is not measured again."""
+"""The arena and its trained variants: equal tokens for all, what is known is not measured again."""
 
 import json
 from copy import deepcopy
@@ -92,3 +92,32 @@ def test_the_tool_goes_on_where_it_stopped(dense, tool, tmp_path, capsys):
     assert tool(*line) is None
     assert capsys.readouterr().out.count('run_0: Result') == 1
     assert json.loads(results.read_text()) == known
+
+
+@pytest.mark.slow
+def test_variants_are_trained_and_tested_once(dense, tool, tmp_path, capsys):
+    converted, out = tmp_path / 'converted', tmp_path / 'variants'
+    assert tool('fit_gate.py', *dense, '--out', converted, '--full-size', '--steps', 2, '--limit', 3) is None
+    line = ['variants.py', *dense, '--converted', converted, '--out', out, '--budget', 0.6, '--crop', 64, '--variants']
+    names = ['fitted', 'doubt + detail', 'coarse']
+    assert tool(*line, *names[:2]) is None
+    capsys.readouterr()
+    assert tool(*line, *names) is None
+    assert capsys.readouterr().out.count("'results'") == 1
+    runs = json.loads((out / 'variants.json').read_text())
+    assert [run['name'] for run in runs] == names and len({run['dense'] for run in runs}) == 1
+    for run in runs:
+        fine, *mixed = run['results']
+        assert fine['tokens'] == 1 and [round(result['size'], 2) for result in mixed] in ([1, 0.88], [1])
+        assert all(0.5 < result['tokens'] <= 0.6 or run['name'] == 'coarse' for result in mixed)
+
+    def weights(path):
+        return torch.load(path, weights_only=False)['state_dict']
+
+    fitted, gate = weights(out / 'fitted_64_0/iter_2.pth'), weights(converted / 'checkpoint.pth')
+    frozen = [name for name in gate if name.startswith('backbone.gate.')]
+    assert frozen and all(torch.equal(fitted[name], gate[name]) for name in frozen)
+    assert not torch.equal(fitted['backbone.cls_token'], gate['backbone.cls_token'])
+    assert 'backbone.out_details.0.weight' in weights(out / 'doubt_detail_64_0/iter_2.pth')
+    assert (out / 'variants.md').read_text().count('| coarse |') == 2
+    assert 'a folder for each checkpoint' in tool(*line[:3], '--converted', converted, converted, '--out', out)

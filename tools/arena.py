@@ -10,16 +10,16 @@ Writes arena.json, arena.md and arena.png.
 
 import argparse
 import json
-import os
 import statistics
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
 from mmseg_msvit.arena import CHOOSERS, dense, play, score_gates, smaller
-from mmseg_msvit.command_line import one_line_errors, positive
+from mmseg_msvit.command_line import one_line_errors, positive, write_whole
 from mmseg_msvit.dense_pass import find_images, gather, test_images
 from mmseg_msvit.flops import PLAIN_VITS
 from mmseg_msvit.gate_fitting import convert, fit, shared_size
@@ -33,13 +33,6 @@ FITTED = {
 }
 # Sizes of the images for a budget; the second is that of tools/fit_gate.py.
 SIZES = dict(whole=lambda budget: 1.0, shared=shared_size)
-
-
-def save(path: Path, what: list) -> None:
-    """A whole file or none."""
-    unfinished = path.with_name(path.name + '.unfinished')
-    unfinished.write_text(json.dumps(what, indent=2) + '\n')
-    os.replace(unfinished, path)
 
 
 class Contest:
@@ -99,7 +92,7 @@ class Contest:
 
     def _add(self, result) -> None:
         self.results.append(asdict(result))
-        save(self.file, self.results)
+        write_whole(self.file, lambda path: path.write_text(json.dumps(self.results, indent=2) + '\n'))
         print(f'{self.folder.name}: {result}', flush=True)
 
     def _model(self, chooser: str, scales):
@@ -113,7 +106,7 @@ class Contest:
         names = [name for name in model.state_dict() if 'gate' in name.split('.')[1]]
         if not file.exists():
             fit(model, *self.gathered(target), budget=self.args.fit_budget, steps=self.args.steps)
-            torch.save({name: model.state_dict()[name] for name in names}, file)
+            write_whole(file, partial(torch.save, {name: model.state_dict()[name] for name in names}))
         model.load_state_dict(torch.load(file), strict=False)
         return model, score_gates
 
@@ -205,7 +198,7 @@ def main() -> None:
         contest.run()
         contests[checkpoint] = contest.results
     rows = table(contests)
-    save(args.out / 'arena.json', rows)
+    (args.out / 'arena.json').write_text(json.dumps(rows, indent=2) + '\n')
     (args.out / 'arena.md').write_text(markdown(rows))
     draw(rows).savefig(args.out / 'arena.png')
     print(markdown(rows))

@@ -9,12 +9,13 @@ own ViT, and for looking at a checkpoint.
 """
 
 import argparse
-import os
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from mmseg_msvit.checkpoint import refuse_not_finite
+from mmseg_msvit.command_line import write_whole
 from mmseg_msvit.layouts import fold_layer_scale, rename
 from mmseg_msvit.reading import read_checkpoint, unwrap
 
@@ -33,9 +34,7 @@ def main() -> None:
         parser.error(f"SRC: wanted what mmseg's ViT has, got {(foreign or ['no pos_embed'])[0]}: MSViT reads this file")
     refuse_not_finite(tensors)
     fold_layer_scale(tensors)  # mmseg's ViT has none
-    unfinished = args.dst.with_name(args.dst.name + '.unfinished')
-    torch.save(tensors, unfinished)
-    os.replace(unfinished, args.dst)
+    write_whole(args.dst, partial(torch.save, tensors))
     print(f'{args.dst}: {len(tensors)} tensors from the layout of {layout}; {len(others)} are not of the ViT')
 
 

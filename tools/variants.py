@@ -2,16 +2,15 @@
 
     python tools/variants.py CONFIG CHECKPOINT [CHECKPOINT ...] --converted FOLDER [FOLDER ...] --out variants
 
-CONFIG is that of the dense segmentor, an MSViT with a FixedGate, each CHECKPOINT a seed of it, 0, 1 and so on, and each
-FOLDER what tools/fit_gate.py --full-size made of it: its gate is that of the variant "fitted". A variant is trained
-from the weights that CONFIG begins with, and run over the test set with all tokens fine, then with as many as --budget
-allows. What is finished is not done again: the same command goes on where it stopped. Writes variants.json and
-variants.md.
+CONFIG is that of the dense segmentor, each CHECKPOINT a seed of it, 0, 1 and so on, and each FOLDER what
+tools/fit_gate.py --full-size made of it: its gate is that of the variant "fitted". A variant is trained from the
+weights that CONFIG begins with, and run over the test set with all tokens fine, then with as many as --budget allows.
+What is finished is not done again: the same command goes on where it stopped. Writes variants.json and variants.md.
 """
 
 import argparse
 import json
-import os
+import re
 import statistics
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -22,8 +21,9 @@ from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 
 from mmseg_msvit.arena import dense, play, score_gates, score_random
-from mmseg_msvit.command_line import InputError, one_line_errors
+from mmseg_msvit.command_line import InputError, one_line_errors, positive, write_whole
 from mmseg_msvit.dense_pass import gather, test_images
+from mmseg_msvit.flops import PLAIN_VITS
 from mmseg_msvit.gate_fitting import shared_size
 from mmseg_msvit.testset import FileReader, load_config, load_model
 
@@ -47,23 +47,24 @@ VARIANTS = {
 DETAILS = {'': {}, ' + detail': dict(coarse_embed='resize+detail', out_detail='residual')}
 
 
-def variant_config(config: Config, name: str, converted: Path, crop: Optional[int]) -> Config:
-    """The config of a variant: the dense one's with another backbone and, for a gate that learns, a hook.
+def variant_config(converted: Path, name: str, crop: Optional[int], batch: Optional[int]) -> Config:
+    """The config of a variant: the converted model's with another gate, and a hook where that learns.
 
     Args:
-        config: of the dense segmentor.
+        converted: folder with the converted model.
         name: of ``VARIANTS``, perhaps with an end of ``DETAILS``.
-        converted: folder with what became of the dense twin.
         crop: pixels along a training image's side; None for the config's own.
+        batch: images of a step; None likewise.
     """
-    config = deepcopy(config)
+    config = load_config(str(converted / 'config.py'))
+    config.load_from = None
     kind, plus, rest = name.partition(' + ')
-    fitted = load_config(str(converted / 'config.py')).model.backbone
-    changes = deepcopy({**VARIANTS[kind], **DETAILS[plus + rest], 'scales': fitted.scales})
+    backbone = config.model.backbone
+    changes = deepcopy({**VARIANTS[kind], **DETAILS[plus + rest]})
     if kind == 'fitted':
         source = dict(type='Pretrained', checkpoint=str(converted / 'checkpoint.pth'), prefix='backbone.gate.')
-        changes['gate'] = dict(fitted.gate, init_cfg=source)
-    config.model.backbone = ConfigDict({**config.model.backbone, **changes})
+        changes['gate'] = dict(backbone.gate, init_cfg=source)
+    config.model.backbone = ConfigDict({**backbone, **changes})
     if 'gate_loss' in changes:
         config.custom_hooks = [*config.get('custom_hooks', []), dict(type='GateLossHook')]
         config.optim_wrapper.paramwise_cfg = dict(config.optim_wrapper.get('paramwise_cfg', {}), gate_lr_mult=10.0)
@@ -72,6 +73,8 @@ def variant_config(config: Config, name: str, converted: Path, crop: Optional[in
         for transform in config.train_dataloader.dataset.pipeline:
             if transform['type'] == 'RandomCrop':
                 transform['crop_size'] = (crop, crop)
+    if batch is not None:
+        config.train_dataloader.batch_size = batch
     return config
 
 
@@ -104,7 +107,7 @@ def test(config: Config, checkpoint: str, name: str, budget: float, device: str)
 
 def test_dense(config: Config, checkpoint: str, device: str) -> float:
     """The mIoU of the dense segmentor."""
-    model = load_model(config, checkpoint, device)
+    model = load_model(config, checkpoint, device, PLAIN_VITS)
     return dense(model, gather(model, FileReader(config), *test_images(config), 'mixed')[0]).miou
 
 
@@ -113,24 +116,18 @@ def markdown(runs: list) -> str:
     groups = {}
     for run in runs:
         for result in run['results']:
-            key = (run['name'], run['crop'], result['chooser'], result['size'])
+            key = (run['name'], run['crop'], run['batch'], result['chooser'], result['size'])
             groups.setdefault(key, []).append(dict(result, lost=run['dense'] - result['miou']))
-    lines = ['| variant | crop | tokens | images at | encoder MACs | mIoU | below dense | seeds |', '| --- ' * 8 + '|']
-    for (name, crop, _, size), group in groups.items():
+    head = '| variant | crop | batch | tokens | images at | encoder MACs | mIoU | below dense | seeds |'
+    lines = [head, '| --- ' * 9 + '|']
+    for (name, crop, batch, _, size), group in groups.items():
         means = {key: statistics.fmean(r[key] for r in group) for key in ('tokens', 'encoder', 'miou', 'lost')}
         spread = f' +- {statistics.stdev(r["lost"] for r in group):.2f}' if len(group) > 1 else ''
         lines.append(
-            f'| {name} | {crop or ""} | {means["tokens"]:.0%} | {size:.2f} | {means["encoder"]:.0%} '
+            f'| {name} | {crop or ""} | {batch or ""} | {means["tokens"]:.0%} | {size:.2f} | {means["encoder"]:.0%} '
             f'| {means["miou"]:.2f} | {means["lost"]:.2f}{spread} | {len(group)} |'
         )
     return '\n'.join(lines) + '\n'
-
-
-def save(path: Path, text: str) -> None:
-    """A whole file or none."""
-    unfinished = path.with_name(path.name + '.unfinished')
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
 
 
 def main() -> None:
@@ -140,7 +137,8 @@ def main() -> None:
     names = [kind + detail for kind in VARIANTS for detail in DETAILS]
     parser.add_argument('--variants', nargs='+', choices=names, default=names, metavar='NAME', help=', '.join(names))
     parser.add_argument('--converted', nargs='+', type=Path, required=True, help='by tools/fit_gate.py, one for each')
-    parser.add_argument('--crop', type=int, help="pixels of a training image's side; else the config's")
+    parser.add_argument('--crop', type=positive, help="pixels of a training image's side; else the config's")
+    parser.add_argument('--batch', type=positive, help="images of a training step; else the config's")
     parser.add_argument('--budget', type=float, default=0.62, help='share of the dense tokens')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/variants'))
     parser.add_argument('--device', default='cpu')
@@ -154,18 +152,19 @@ def main() -> None:
     runs = json.loads(file.read_text()) if file.exists() else []
     for name in args.variants:
         for seed, (checkpoint, converted) in enumerate(zip(args.checkpoints, args.converted)):
-            key = dict(name=name, seed=seed, crop=args.crop)
+            key = dict(name=name, seed=seed, crop=args.crop, batch=args.batch)
             if any(key.items() <= run.items() for run in runs):
                 continue
-            config = variant_config(base, name, converted, args.crop)
-            folder = args.out / f'{name.replace(", ", "_").replace(" ", "_")}_{args.crop or ""}_{seed}'
+            config = variant_config(converted, name, args.crop, args.batch)
+            words = [*re.findall(r'\w+', name), args.crop, args.batch, seed]
+            folder = args.out / '_'.join(str(word) for word in words if word is not None)
             results = test(config, train(config, seed, folder), name, args.budget, args.device)
             known = [run['dense'] for run in runs if run['seed'] == seed]
             top = known[0] if known else test_dense(base, checkpoint, args.device)
             runs.append(dict(key, dense=top, results=results))
-            save(file, json.dumps(runs, indent=2) + '\n')
+            write_whole(file, lambda path: path.write_text(json.dumps(runs, indent=2) + '\n'))
             print(runs[-1], flush=True)
-    save(args.out / 'variants.md', markdown(runs))
+    (args.out / 'variants.md').write_text(markdown(runs))
     print(markdown(runs))
 
 
