@@ -164,8 +164,7 @@ class TokenSelector(nn.Module):
             *coarse, left = self._within_budget(logits, grid)
         active = self._in_order(coarse + [left])  # (B, T)
         counts = active.sum(1)  # (B,)
-        # What a gate learns from is chosen by numbers: there torch.compile has to wait for them.
-        lengths = None if traced() and not learning else self._read(counts, logits)
+        lengths = None if traced() else self._read(counts, logits)
 
         weight = None
         keep = active

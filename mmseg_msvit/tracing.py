@@ -1,4 +1,4 @@
-"""What a model does otherwise while ``torch.export`` or ``torch.compile`` looks: it knows no size and no number."""
+"""What a model does otherwise while ``torch.export`` looks: it knows no size and no number."""
 
 from functools import lru_cache, wraps
 from typing import Callable
@@ -8,11 +8,13 @@ from torch import Tensor
 
 
 def traced() -> bool:
-    """Whether ``torch.export`` or ``torch.compile`` is looking, to whom sizes and numbers of tokens are symbols.
+    """Whether ``torch.export`` is looking, to whom sizes and numbers of tokens are symbols.
 
-    torch 2.1 does not say: there a model is compiled as it runs otherwise.
+    Not ``torch.compile``: its graph breaks where tokens are counted, and then it knows numbers and fuses attention.
     """
-    return hasattr(torch.compiler, 'is_compiling') and torch.compiler.is_compiling()
+    # Earlier ones know one word for both (2.2 to 2.6), or none (2.1).
+    asked = getattr(torch.compiler, 'is_exporting', None) or getattr(torch.compiler, 'is_compiling', None)
+    return asked is not None and asked()
 
 
 def remembered(function: Callable) -> Callable:

@@ -395,30 +395,23 @@ def test_non_finite_gate_weights():
 
 
 @pytest.mark.slow
-def test_torch_compile_gives_the_same():
+@pytest.mark.parametrize('mode', ['test', 'all', 'trimmed', 'active'])
+def test_torch_compile_gives_the_same(mode):
     """By tracing alone: the number of tokens depends on the image, so that the graph breaks where they are counted."""
-    model = build_msvit(num_layers=1, out_indices=(0,), **LEARNED)
-    compiled = torch.compile(model, backend='eager')
-    for size in ((64, 64), (64, 96)):
-        images = torch.randn(2, 3, *size)
-        torch.testing.assert_close(compiled(images)[0], model(images)[0], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize('mode', ['all', 'trimmed', 'active'])
-def test_a_gate_learns_the_same_while_torch_compiles(mode, monkeypatch):
-    """What the model does where it is told that torch traces it; the tracing itself takes minutes."""
-    model, results = build_msvit(train_tokens=mode, **LEARNED).train(), []
-    images = torch.randn(3, 3, 64, 96)
-    for compiling in (False, True):
-        monkeypatch.setattr(torch.compiler, 'is_compiling', lambda compiling=compiling: compiling, raising=False)
-        model.zero_grad()
+    train_tokens = 'active' if mode == 'test' else mode
+    model = build_msvit(num_layers=1, out_indices=(0,), train_tokens=train_tokens, **LEARNED).train(mode != 'test')
+    compiled, results = torch.compile(model, backend='eager'), []
+    for run in (model, compiled):
         torch.manual_seed(1)
-        outputs = model(images)
-        sum(out.square().mean() for out in outputs).backward()
-        model.pop_gate_losses([])
-        results.append([*outputs, *(p.grad for p in model.gate.parameters())])
-    for plain, compiled in zip(*results):
-        torch.testing.assert_close(compiled, plain)
+        model.zero_grad()
+        outputs = [run(torch.randn(2, 3, 64, width))[0] for width in (64, 96)]
+        if mode != 'test':
+            sum(out.square().mean() for out in outputs).backward()
+            outputs += [parameter.grad for parameter in model.gate.parameters()]
+            model.pop_gate_losses([])
+        results.append(outputs)
+    for plain, traced in zip(*results):
+        torch.testing.assert_close(traced, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_a_smaller_image_at_test_time_alone():
