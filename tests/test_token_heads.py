@@ -360,4 +360,5 @@ def test_tools_take_a_model_with_a_head_on_tokens(config, scenes, tool, tmp_path
     ]
     assert tool(*line, '--batch', 2, '--device', 'cpu', '--json', tmp_path / 'b.json') is None
     rows = {row['name']: row for row in json.loads((tmp_path / 'b.json').read_text())['rows']}
+    assert rows['its backbone']['gmacs'] < rows['its logits']['gmacs'] == rows['MSViT']['gmacs']
     assert rows['MSViT']['gmacs'] < rows['all fine']['gmacs'] and rows['MSViT']['ratio_of']['all fine'] > 0

@@ -411,6 +411,18 @@ def test_benchmark(mode, tmp_path):
     assert all(row['seconds'] > 0 and row['memory_mib'] > 0 for row in rows.values())
 
 
+@pytest.mark.slow
+def test_benchmark_of_a_compiled_backbone(tool, config, tmp_path, monkeypatch):
+    plain = torch.nn.Module.compile  # to machine code takes minutes, and a compiler
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda module: plain(module, backend='eager'))
+    config.model.backbone.update(num_layers=1, out_indices=(0,))
+    config.dump(str(tmp_path / 'config.py'))
+    line = ['benchmark.py', tmp_path / 'config.py', '--gate', 'coarse', '--size', 64, '--repeat', 1, '--compile']
+    assert tool(*line, '--device', 'cpu', '--json', tmp_path / 'a.json') is None
+    rows = {row['name']: row for row in json.loads((tmp_path / 'a.json').read_text())['rows']}
+    assert rows['compiled']['tokens'] == rows['MSViT']['tokens'] and rows['compiled']['seconds'] > 0
+
+
 def test_the_way_of_an_image_is_drawn(config, checkpoint, scenes, tool, tmp_path):
     config.dump(str(tmp_path / 'config.py'))
     image = scenes / 'images/val/0000.png'

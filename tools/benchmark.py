@@ -115,6 +115,15 @@ def variants(args) -> dict:
         add(f'MSViT {name}' if training else name, model, pick(model))
         if not training and args.part == 'encoder':
             add('its gate and tokens', model, lambda images, b=model.backbone: [b.embed(*b.tokenize(images)[:2])])
+        if not training and args.part == 'segmentor':
+            add('its backbone', model, lambda images, b=model.backbone: b(images))
+            add('its logits', model, lambda images, m=model: m(images, mode='tensor'))
+        if args.compile:
+            model = twin()
+            if share is not None:
+                force_gate(model.backbone, share)
+            model.backbone.compile()
+            add('compiled', model, pick(model))
     if not training:
         model = twin()
         fix_all_fine(model.backbone)
@@ -156,7 +165,7 @@ def measure(args, batch: int) -> list:
             parts = model.backbone.macs(seen[0][0])
         if name == 'its gate and tokens':
             parts = [dict(p, encoder=0) for p in parts]
-        if args.part == 'segmentor':
+        if args.part == 'segmentor' and name != 'its backbone':
             counts = seen[0][0].active_counts().tolist() if seen else [None] * batch
             heads = HeadMacs(model)
             parts = [{**p, **heads(grid, count)} for p, count in zip(parts, counts)]
@@ -219,6 +228,7 @@ def main() -> None:
         '--size', nargs='+', type=positive, default=[512], metavar='PIXELS', help='height and width, or one for both'
     )
     parser.add_argument('--repeat', type=positive, default=7, help='rounds that count')
+    parser.add_argument('--compile', action='store_true', help='also with its backbone compiled by torch')
     parser.add_argument('--images', help='folder with images; drawn scenes without it')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--amp', action='store_true', help='autocast to bfloat16')
