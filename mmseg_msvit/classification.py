@@ -30,8 +30,10 @@ class ClassificationMSViT(MSViT):
         super().__init__(**{'final_norm': True, 'norm_cfg': dict(type='LN', eps=1e-6), **kwargs})
         if not self.with_cls_token:
             raise ValueError('with_cls_token must be True: a classifier reads the cls token')
-        if self.out_details is not None:
-            raise ValueError("out_detail must be 'none' in a classifier, whose output is no grid, got 'residual'")
+        if self.out_detail != 'none':
+            raise ValueError(
+                f"out_detail must be 'none' in a classifier, whose output is no grid, got {self.out_detail!r}"
+            )
         if self.gate_learns and self.select.train_tokens == 'active':
             raise ValueError(
                 "train_tokens must be 'trimmed' or 'all' where a classifier's gate learns, got 'active', "

@@ -32,12 +32,12 @@ from .gates import Gate
 from .positions import table_positions, wide
 from .reading import read_checkpoint, tensors_below
 from .selection import Decision, TokenSelector, candidate_number, raise_not_finite
-from .tokens import Grid, PackedTokens, TokenMap, region_grid
+from .tokens import Grid, PackedTokens, TokenMap, region_grid, smooth_coarse
 from .tracing import first, traced
 from .versions import before_load_state_dict
 
 COARSE_EMBED = ('resize', 'resize+detail')
-OUT_DETAIL = ('none', 'residual')
+OUT_DETAIL = ('none', 'smooth', 'residual')
 OUT_TYPES = ('grid', 'tokens')
 
 
@@ -58,8 +58,9 @@ class MixedScale(Gated):
             its own, those of coarser levels than the first with ``_2``, ``_3`` after their names.
         train_tokens: which tokens a training step computes while the gate learns, see :class:`TokenSelector`.
         coarse_embed: ``'resize'`` embeds the area mean of a region; ``'resize+detail'`` adds a :class:`CoarseDetail`.
-        out_detail: ``'residual'`` adds to each output, in the cells of coarse regions, a linear map, at first zero, of
-            the cell's own patch embedding: the token that they share says the same of all of them.
+        out_detail: what the cells of a coarse token have beside what it says of all of them. ``'smooth'``: something
+            of their neighbours, see :func:`.tokens.smooth_coarse`. ``'residual'``: a linear map, at first zero, of
+            their own patch embedding. In each output.
         out_type: ``'grid'``, or ``'tokens'`` for heads that read :class:`PackedTokens`; or one for each output.
         input_scale: at test time images are first reduced by this, to whole cells: a little less of everything, where
             coarse tokens are less of some places. Tokens are still counted against those of the whole image.
@@ -134,7 +135,7 @@ class MixedScale(Gated):
             self.coarse_detail = CoarseDetail(self.embed_dims, self.sides[1])
             if len(self.sides) > 2:
                 self.coarser_details = nn.ModuleList(CoarseDetail(self.embed_dims, side) for side in self.sides[2:])
-        self.out_details = None
+        self.out_detail, self.out_details = out_detail, None
         outputs = len(self.out_indices) + int(self.out_origin)
         self.out_types = (out_type,) * outputs if isinstance(out_type, str) else tuple(out_type)
         if len(self.out_types) != outputs or not set(self.out_types) <= set(OUT_TYPES):
@@ -340,6 +341,8 @@ class MixedScale(Gated):
     def output(self, x: Tensor, tokens: TokenMap):
         """What the backbone returns of the tokens (N, C) after a block."""
         grid = tokens.to_grid(x)
+        if self.out_detail == 'smooth':
+            grid = smooth_coarse(grid, tokens, self.sides)
         return [grid, tokens.to_cls(x)] if self.output_cls_token else grid
 
     def _output(self, number: int, x: Tensor, tokens: TokenMap):
