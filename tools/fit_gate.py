@@ -6,8 +6,9 @@
 
 CONFIG's backbone is a VisionTransformer, BEiT or MAE of mmseg, or an MSViT, MSBEiT or MSMAE with a FixedGate. Its
 weights and the head's stay as they are; a gate learns where this very model needs its fine tokens. Part of what is
-saved comes from images that are a little smaller; --full-size leaves them as they are. Writes config.py, checkpoint.pth
-and picture.png into --out, and compares both models on at most 100 of the images.
+saved comes from images that are a little smaller; --full-size leaves them as they are. On the dense grid coarse tokens
+go over into each other. Writes config.py, checkpoint.pth and picture.png into --out, and compares both models on at
+most 100 of the images.
 """
 
 import argparse
