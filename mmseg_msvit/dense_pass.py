@@ -87,7 +87,7 @@ def find_images(config: Config, folder: Optional[Path], limit: int) -> Tuple[Lis
     return [images[i] for i in chosen], [truths[i] if truths[i] and truths[i].is_file() else None for i in chosen]
 
 
-def test_images(config: Config) -> Tuple[List[Path], List[Path]]:
+def find_test_images(config: Config) -> Tuple[List[Path], List[Path]]:
     """Images of a config's test set, and the files of their labels.
 
     Args:

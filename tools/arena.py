@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from mmseg_msvit.arena import CHOOSERS, dense, play, score_gates, smaller
 from mmseg_msvit.command_line import one_line_errors, positive, write_whole
-from mmseg_msvit.dense_pass import find_images, gather, test_images
+from mmseg_msvit.dense_pass import find_images, find_test_images, gather
 from mmseg_msvit.flops import PLAIN_VITS
 from mmseg_msvit.gate_fitting import convert, fit, shared_size
 from mmseg_msvit.testset import FileReader, load_config, load_model
@@ -58,7 +58,7 @@ class Contest:
         """Images of ``mixed`` or ``labels`` (training) or ``test`` through the dense model."""
         if which not in self.images:
             if which == 'test':
-                images, truths = (files[: self.args.limit] for files in test_images(self.config))
+                images, truths = (files[: self.args.limit] for files in find_test_images(self.config))
             else:
                 images, truths = find_images(self.config, None, self.args.fit_images)
             target = 'labels' if which == 'labels' else 'mixed'

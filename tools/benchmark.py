@@ -107,23 +107,25 @@ def variants(args) -> dict:
         model.load_state_dict(base.state_dict())
         return model
 
-    for name in args.train_tokens if training else ['MSViT']:
+    def gated():
         model = twin()
-        model.backbone.select.train_tokens = name if training else 'active'
         if share is not None:
             force_gate(model.backbone, share)
+        return model
+
+    for name in args.train_tokens if training else ['MSViT']:
+        model = gated()
+        model.backbone.select.train_tokens = name if training else 'active'
         add(f'MSViT {name}' if training else name, model, pick(model))
         if not training and args.part == 'encoder':
             add('its gate and tokens', model, lambda images, b=model.backbone: [b.embed(*b.tokenize(images)[:2])])
         if not training and args.part == 'segmentor':
             add('its backbone', model, lambda images, b=model.backbone: b(images))
             add('its logits', model, lambda images, m=model: m(images, mode='tensor'))
-        if args.compile:
-            model = twin()
-            if share is not None:
-                force_gate(model.backbone, share)
-            model.backbone.compile()
-            add('compiled', model, pick(model))
+    if args.compile:
+        model = gated()
+        model.backbone.compile()
+        add('compiled', model, pick(model))
     if not training:
         model = twin()
         fix_all_fine(model.backbone)

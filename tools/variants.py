@@ -22,7 +22,7 @@ from mmengine.runner import Runner
 
 from mmseg_msvit.arena import dense, play, score_gates, score_random
 from mmseg_msvit.command_line import InputError, one_line_errors, positive, write_whole
-from mmseg_msvit.dense_pass import gather, test_images
+from mmseg_msvit.dense_pass import find_test_images, gather
 from mmseg_msvit.flops import PLAIN_VITS
 from mmseg_msvit.gate_fitting import shared_size
 from mmseg_msvit.testset import FileReader, load_config, load_model
@@ -47,14 +47,13 @@ VARIANTS = {
 DETAILS = {'': {}, ' + detail': dict(coarse_embed='resize+detail', out_detail='residual')}
 
 
-def variant_config(converted: Path, name: str, crop: Optional[int], batch: Optional[int]) -> Config:
+def variant_config(converted: Path, name: str, crop: Optional[int]) -> Config:
     """The config of a variant: the converted model's with another gate, and a hook where that learns.
 
     Args:
         converted: folder with the converted model.
         name: of ``VARIANTS``, perhaps with an end of ``DETAILS``.
         crop: pixels along a training image's side; None for the config's own.
-        batch: images of a step; None likewise.
     """
     config = load_config(str(converted / 'config.py'))
     config.load_from = None
@@ -73,8 +72,6 @@ def variant_config(converted: Path, name: str, crop: Optional[int], batch: Optio
         for transform in config.train_dataloader.dataset.pipeline:
             if transform['type'] == 'RandomCrop':
                 transform['crop_size'] = (crop, crop)
-    if batch is not None:
-        config.train_dataloader.batch_size = batch
     return config
 
 
@@ -94,7 +91,7 @@ def test(config: Config, checkpoint: str, name: str, budget: float, device: str)
     """Results of the test set: all fine, then within the budget on whole images and on those of ``shared_size``."""
     model = load_model(config, checkpoint, device)
     model.backbone.select.threshold = 1.0  # no region is coarse
-    examples, windows = gather(model, FileReader(config), *test_images(config), 'mixed')
+    examples, windows = gather(model, FileReader(config), *find_test_images(config), 'mixed')
     results = [replace(dense(model, examples), chooser='fine')]
     kind = name.partition(' + ')[0]
     score = score_random if kind in ('random', 'coarse') else score_gates
@@ -108,7 +105,7 @@ def test(config: Config, checkpoint: str, name: str, budget: float, device: str)
 def test_dense(config: Config, checkpoint: str, device: str) -> float:
     """The mIoU of the dense segmentor."""
     model = load_model(config, checkpoint, device, PLAIN_VITS)
-    return dense(model, gather(model, FileReader(config), *test_images(config), 'mixed')[0]).miou
+    return dense(model, gather(model, FileReader(config), *find_test_images(config), 'mixed')[0]).miou
 
 
 def markdown(runs: list) -> str:
@@ -116,15 +113,15 @@ def markdown(runs: list) -> str:
     groups = {}
     for run in runs:
         for result in run['results']:
-            key = (run['name'], run['crop'], run['batch'], result['chooser'], result['size'])
+            key = (run['name'], run['crop'], result['chooser'], result['size'])
             groups.setdefault(key, []).append(dict(result, lost=run['dense'] - result['miou']))
-    head = '| variant | crop | batch | tokens | images at | encoder MACs | mIoU | below dense | seeds |'
-    lines = [head, '| --- ' * 9 + '|']
-    for (name, crop, batch, _, size), group in groups.items():
+    head = '| variant | crop | tokens | images at | encoder MACs | mIoU | below dense | seeds |'
+    lines = [head, '| --- ' * 8 + '|']
+    for (name, crop, _, size), group in groups.items():
         means = {key: statistics.fmean(r[key] for r in group) for key in ('tokens', 'encoder', 'miou', 'lost')}
         spread = f' +- {statistics.stdev(r["lost"] for r in group):.2f}' if len(group) > 1 else ''
         lines.append(
-            f'| {name} | {crop or ""} | {batch or ""} | {means["tokens"]:.0%} | {size:.2f} | {means["encoder"]:.0%} '
+            f'| {name} | {crop or ""} | {means["tokens"]:.0%} | {size:.2f} | {means["encoder"]:.0%} '
             f'| {means["miou"]:.2f} | {means["lost"]:.2f}{spread} | {len(group)} |'
         )
     return '\n'.join(lines) + '\n'
@@ -138,7 +135,6 @@ def main() -> None:
     parser.add_argument('--variants', nargs='+', choices=names, default=names, metavar='NAME', help=', '.join(names))
     parser.add_argument('--converted', nargs='+', type=Path, required=True, help='by tools/fit_gate.py, one for each')
     parser.add_argument('--crop', type=positive, help="pixels of a training image's side; else the config's")
-    parser.add_argument('--batch', type=positive, help="images of a training step; else the config's")
     parser.add_argument('--budget', type=float, default=0.62, help='share of the dense tokens')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/variants'))
     parser.add_argument('--device', default='cpu')
@@ -152,11 +148,11 @@ def main() -> None:
     runs = json.loads(file.read_text()) if file.exists() else []
     for name in args.variants:
         for seed, (checkpoint, converted) in enumerate(zip(args.checkpoints, args.converted)):
-            key = dict(name=name, seed=seed, crop=args.crop, batch=args.batch)
+            key = dict(name=name, seed=seed, crop=args.crop)
             if any(key.items() <= run.items() for run in runs):
                 continue
-            config = variant_config(converted, name, args.crop, args.batch)
-            words = [*re.findall(r'\w+', name), args.crop, args.batch, seed]
+            config = variant_config(converted, name, args.crop)
+            words = [*re.findall(r'\w+', name), args.crop, seed]
             folder = args.out / '_'.join(str(word) for word in words if word is not None)
             results = test(config, train(config, seed, folder), name, args.budget, args.device)
             known = [run['dense'] for run in runs if run['seed'] == seed]
