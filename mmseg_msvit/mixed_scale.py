@@ -12,12 +12,10 @@ from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
-from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .blocks import Block, Places, block_of
-from .checkpoint import ADDED, adapt, fit, misshapen, refuse, refuse_not_finite
 from .embedding import (
     CoarseDetail,
     PatchRows,
@@ -30,18 +28,17 @@ from .embedding import (
 from .gated import Gated
 from .gates import Gate
 from .positions import table_positions, wide
-from .reading import read_checkpoint, tensors_below
 from .selection import Decision, TokenSelector, candidate_number, raise_not_finite
 from .tokens import Grid, PackedTokens, TokenMap, region_grid, smooth_coarse
 from .tracing import first, traced
-from .versions import before_load_state_dict
+from .weights import TakesWeights
 
 COARSE_EMBED = ('resize', 'resize+detail')
 OUT_DETAIL = ('none', 'smooth', 'residual')
 OUT_TYPES = ('grid', 'tokens')
 
 
-class MixedScale(Gated):
+class MixedScale(Gated, TakesWeights):
     """What turns a library's plain ViT into one over tokens of several scales; to be inherited before it.
 
     The library's class makes patch embedding, cls token, positions, encoder layers and norms, with its own constructor
@@ -83,8 +80,6 @@ class MixedScale(Gated):
     pre_norm = False
     with_cp = False
     interpolate_mode = 'bicubic'
-    # Ends of the names of what a checkpoint may lack, to keep its first values.
-    may_lack: ClassVar[Tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -145,61 +140,16 @@ class MixedScale(Gated):
         if out_detail == 'residual':
             self.out_details = nn.ModuleList(ZeroLinear(self.embed_dims, self.embed_dims) for _ in range(outputs))
         self.layers = nn.ModuleList(self.block(layer) for layer in self.layers)
-        before_load_state_dict(self, MixedScale._adapt_loaded)
+        self.adapt_what_is_loaded()
 
     def block(self, layer: nn.Module) -> Block:
         """What runs in the place of one of the library's encoder layers, with its parameters under their names."""
         return block_of(layer)
 
-    def to_own_names(self, tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
-        """A ViT's tensors by the names that they have in mmseg's ViT, to the same by this backbone's names."""
-        return tensors
-
     @property
     def details(self) -> List[CoarseDetail]:
         """One for each coarse level, the finest first; none with ``coarse_embed='resize'``."""
         return [] if self.coarse_detail is None else [self.coarse_detail, *getattr(self, 'coarser_details', ())]
-
-    def init_weights(self) -> None:
-        """As the library's ViT; gates, and what else is not the library's, keep their own first values.
-
-        A checkpoint that ``init_cfg`` or ``pretrained`` names may be of any layout that :mod:`.checkpoint` knows, and
-        of several models one, by ``init_cfg``'s ``prefix``; the log says what was made of it. With
-        ``resample_patch=True`` in ``init_cfg`` it may be of another patch size.
-
-        Raises:
-            ValueError: the checkpoint cannot be read, or is not of this architecture.
-        """
-        if isinstance(self.init_cfg, dict) and self.init_cfg['type'].startswith('Pretrained'):
-            path, prefix = self.init_cfg['checkpoint'], self.init_cfg.get('prefix', '')
-            tensors = tensors_below(read_checkpoint(path), prefix)
-            tensors, report = fit(self, tensors, self.init_cfg.get('resample_patch', False))
-            self.load_state_dict(tensors, strict=False)
-            print_log(f'{path}: {report}', logger='current')
-            if self.gate.init_cfg is not None:  # a gate of its own takes precedence
-                for gate in self.gates:
-                    gate.init_weights()
-        else:
-            super().init_weights()
-            for gate in self.gates:
-                gate.init_weights()
-            for detail in [*self.details, *(self.out_details or ())]:
-                detail.reset_parameters()
-            if self.register_tokens is not None:
-                nn.init.normal_(self.register_tokens, std=1e-6)
-
-    def _adapt_loaded(self, state_dict: dict, prefix: str, *args) -> None:
-        """Before any ``load_state_dict``: brings what is of another image size, or without patch bias, to this model.
-
-        Raises:
-            ValueError: a tensor of the ViT itself has another shape; mmengine alone would go on with a random one. Or
-                it is not finite.
-        """
-        refuse_not_finite(state_dict, prefix)
-        for name, how in adapt(self, state_dict, prefix).items():
-            print_log(f'{prefix}{name} {how}', logger='current')
-        shapes = misshapen(self, state_dict, prefix)
-        refuse({name: how for name, how in shapes.items() if not name.startswith(ADDED)})
 
     def forward(self, images: Tensor) -> tuple:
         """Images (B, C, H, W) to a tuple with (B, embed_dims, h, w), or [that, cls (B, embed_dims)], for each output.
