@@ -162,7 +162,7 @@ def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
     ``token_budget`` of the config; ``binary_threshold`` of a head with one logit for two classes; ``versions``.
     """
     backbone, reader, pixels = find_msvit(model), FileReader(config), model.data_preprocessor
-    channels = backbone.in_channels
+    channels, given = backbone.in_channels, config.model.get('data_preprocessor') or {}
     normalised = hasattr(pixels, 'mean')
     resize = []
     for step in reader.pipeline.transforms:
@@ -175,8 +175,7 @@ def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
         palette=reader.palette,
         mean=pixels.mean.flatten().tolist() if normalised else [0.0] * channels,
         std=pixels.std.flatten().tolist() if normalised else [1.0] * channels,
-        # The second name is onedl's.
-        bgr_to_rgb=bool(getattr(pixels, 'channel_conversion', getattr(pixels, '_channel_conversion', False))),
+        bgr_to_rgb=bool(given.get('bgr_to_rgb') or given.get('rgb_to_bgr')),
         size_divisor=(pixels.test_cfg or {}).get('size_divisor') or 1,
         pad_val=pixels.pad_val,
         resize=resize,

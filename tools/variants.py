@@ -19,6 +19,7 @@ from typing import Optional
 
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
+from torch.nn import Module
 
 from mmseg_msvit.arena import dense, play, score_gates, score_random
 from mmseg_msvit.command_line import InputError, one_line_errors, positive, write_whole
@@ -87,11 +88,16 @@ def train(config: Config, seed: int, folder: Path) -> str:
     return str(last)
 
 
+def over_test_set(model: Module, config: Config) -> tuple:
+    """The test set through a model, as :func:`.dense_pass.gather` gives it."""
+    return gather(model, FileReader(config), *find_test_images(config), 'mixed')
+
+
 def test(config: Config, checkpoint: str, name: str, budget: float, device: str) -> list:
     """Results of the test set: all fine, then within the budget on whole images and on those of ``shared_size``."""
     model = load_model(config, checkpoint, device)
     model.backbone.select.threshold = 1.0  # no region is coarse
-    examples, windows = gather(model, FileReader(config), *find_test_images(config), 'mixed')
+    examples, windows = over_test_set(model, config)
     results = [replace(dense(model, examples), chooser='fine')]
     kind = name.partition(' + ')[0]
     score = score_random if kind in ('random', 'coarse') else score_gates
@@ -105,7 +111,7 @@ def test(config: Config, checkpoint: str, name: str, budget: float, device: str)
 def test_dense(config: Config, checkpoint: str, device: str) -> float:
     """The mIoU of the dense segmentor."""
     model = load_model(config, checkpoint, device, PLAIN_VITS)
-    return dense(model, gather(model, FileReader(config), *find_test_images(config), 'mixed')[0]).miou
+    return dense(model, over_test_set(model, config)[0]).miou
 
 
 def markdown(runs: list) -> str:
