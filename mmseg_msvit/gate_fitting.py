@@ -248,7 +248,9 @@ def convert(config: Config, dense: nn.Module, gate: str, scales: Sequence[int]) 
 
 
 def write(config: Config, model: nn.Module, changes: dict, metainfo: dict, out: Path) -> None:
-    """Writes ``checkpoint.pth`` and, last, ``config.py``; each is there as a whole or not at all.
+    """Writes ``checkpoint.pth``, then ``config.py`` and ``train.py``; each is there as a whole or not at all.
+
+    ``train.py`` is for training: it begins as the dense segmentor's config does, with the gate as it is here.
 
     Args:
         config: of the dense segmentor, which the new one inherits from.
@@ -265,18 +267,24 @@ def write(config: Config, model: nn.Module, changes: dict, metainfo: dict, out: 
         backbone['gate']['_delete_'] = True
     base = config.filename
     base = base if '::' in base else os.path.relpath(base, out)
+    fitted = '{{ fileDirname }}/checkpoint.pth'
     imports = [name for name in config.get('custom_imports', {}).get('imports', []) if name != 'mmseg_msvit']
     lines = [
         f'# {Path(base).name} with a gate that was fitted to it. A higher threshold is more tokens.',
         f'_base_ = {base!r}',
         f'custom_imports = dict(imports={[*imports, "mmseg_msvit"]}, allow_failed_imports=False)',
         f'model = dict(backbone={backbone!r})',
-        "load_from = '{{ fileDirname }}/checkpoint.pth'",
+        f'load_from = {fitted!r}',
+    ]
+    gate = dict(init_cfg=dict(type='Pretrained', checkpoint=fitted, prefix='backbone.gate.'))
+    anew = [
+        '# config.py to be trained from the weights that its base begins with; the gate stays as it is.',
+        "_base_ = './config.py'",
+        f'model = dict(backbone=dict(gate={gate!r}))',
+        f'load_from = {config.get("load_from")!r}',
     ]
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
     meta = dict(dataset_meta={key: metainfo[key] for key in ('classes', 'palette') if key in metainfo})
-    for name, save in (
-        ('checkpoint.pth', partial(torch.save, dict(meta=meta, state_dict=weights))),
-        ('config.py', lambda path: path.write_text('\n'.join(lines) + '\n')),
-    ):
-        write_whole(out / name, save)
+    write_whole(out / 'checkpoint.pth', partial(torch.save, dict(meta=meta, state_dict=weights)))
+    for name, text in (('config.py', lines), ('train.py', anew)):
+        write_whole(out / name, lambda path, text=text: path.write_text('\n'.join(text) + '\n'))

@@ -112,7 +112,7 @@ def test_a_dense_model_is_converted(scales, budget, steps, folder, fit, tmp_path
     assert fit('--out', out, *options) is None
     printed = capsys.readouterr().out
     assert '24 images' in printed and 'converted' in printed and 'mIoU' in printed
-    assert sorted(path.name for path in out.iterdir()) == ['checkpoint.pth', 'config.py', 'picture.png']
+    assert sorted(path.name for path in out.iterdir()) == ['checkpoint.pth', 'config.py', 'picture.png', 'train.py']
     assert cv2.imread(str(out / 'picture.png')).shape[1] == pytest.approx((3 + len(scales)) * 480, abs=1)
 
     before = torch.load(folder / 'work/iter_100.pth', weights_only=False)['state_dict']
@@ -231,6 +231,24 @@ def test_what_cannot_be_fitted_is_said_in_one_line_and_leaves_nothing(folder, fi
     config.dump(str(folder / 'other.py'))
     assert fit('--out', out, config='other.py', checkpoint='none.pth').startswith('CHECKPOINT: wanted a file')
     assert not out.exists()
+
+
+@pytest.mark.parametrize('scales', [(16, 32), (16, 32, 64)])
+def test_train_py_begins_as_the_dense_config_does_with_the_fitted_gate(scales, folder, fit, tmp_path):
+    assert fit('--out', tmp_path, '--steps', 2, '--limit', 3, '--scales', *scales) is None
+    config = Config.fromfile(tmp_path / 'train.py')
+    assert config.load_from is None
+    model = MODELS.build(config.model)
+    model.init_weights()
+    fitted = torch.load(tmp_path / 'checkpoint.pth', weights_only=True)['state_dict']
+    mine = model.state_dict()
+    gates = [name for name in fitted if name.split('.')[1] in ('gate', 'coarser_gates')]
+    assert all(torch.equal(mine[name], fitted[name]) for name in gates) and len(gates) > 20 * (len(scales) - 1)
+    assert not torch.equal(
+        mine['backbone.layers.0.attn.attn.in_proj_weight'], fitted['backbone.layers.0.attn.attn.in_proj_weight']
+    )
+    assert not model.backbone.gate_learns
+    assert model.backbone.select.threshold == Config.fromfile(tmp_path / 'config.py').model.backbone.gate.threshold
 
 
 def test_an_unfinished_checkpoint_does_not_replace_one(folder, fit, tmp_path, monkeypatch):

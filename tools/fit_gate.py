@@ -7,8 +7,8 @@
 CONFIG's backbone is a VisionTransformer, BEiT or MAE of mmseg, or an MSViT, MSBEiT or MSMAE with a FixedGate. Its
 weights and the head's stay as they are; a gate learns where this very model needs its fine tokens. Part of what is
 saved comes from images that are a little smaller; --full-size leaves them as they are. On the dense grid coarse tokens
-go over into each other. Writes config.py, checkpoint.pth and picture.png into --out, and compares both models on at
-most 100 of the images.
+go over into each other. Writes config.py and checkpoint.pth into --out, train.py, which trains CONFIG anew with this
+gate, and picture.png, and compares both models on at most 100 of the images.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def main() -> None:
     Console(width=110).print(table)
     shown = examples[len(examples) // 2]
     cv2.imwrite(str(args.out / 'picture.png'), draw_image(model, shown.data, reader.palette, shown.labels)[..., ::-1])
-    print(f'{args.out}/config.py and checkpoint.pth; {args.out}/picture.png shows one image')
+    print(f'{args.out}/config.py and checkpoint.pth; train.py trains anew with this gate; picture.png shows one image')
 
 
 if __name__ == '__main__':

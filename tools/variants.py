@@ -56,14 +56,10 @@ def variant_config(converted: Path, name: str, crop: Optional[int]) -> Config:
         name: of ``VARIANTS``, perhaps with an end of ``DETAILS``.
         crop: pixels along a training image's side; None for the config's own.
     """
-    config = load_config(str(converted / 'config.py'))
-    config.load_from = None
+    config = load_config(str(converted / 'train.py'))
     kind, plus, rest = name.partition(' + ')
     backbone = config.model.backbone
     changes = deepcopy({**VARIANTS[kind], **DETAILS[plus + rest]})
-    if kind == 'fitted':
-        source = dict(type='Pretrained', checkpoint=str(converted / 'checkpoint.pth'), prefix='backbone.gate.')
-        changes['gate'] = dict(backbone.gate, init_cfg=source)
     config.model.backbone = ConfigDict({**backbone, **changes})
     if 'gate_loss' in changes:
         config.custom_hooks = [*config.get('custom_hooks', []), dict(type='GateLossHook')]
