@@ -99,17 +99,18 @@ def test_variants_are_trained_and_tested_once(dense, tool, tmp_path, capsys):
     converted, out = tmp_path / 'converted', tmp_path / 'variants'
     assert tool('fit_gate.py', *dense, '--out', converted, '--full-size', '--steps', 2, '--limit', 3) is None
     line = ['variants.py', *dense, '--converted', converted, '--out', out, '--budget', 0.6, '--crop', 64, '--variants']
-    names = ['fitted', 'doubt + detail', 'coarse']
+    names = ['fitted', 'doubt + detail', 'coarse', 'dense']
     assert tool(*line, *names[:2]) is None
     capsys.readouterr()
     assert tool(*line, *names) is None
-    assert capsys.readouterr().out.count("'results'") == 1
+    assert capsys.readouterr().out.count("'results'") == 2
     runs = json.loads((out / 'variants.json').read_text())
     assert [run['name'] for run in runs] == names and len({run['dense'] for run in runs}) == 1
     for run in runs:
         fine, *mixed = run['results']
-        assert fine['tokens'] == 1 and [round(result['size'], 2) for result in mixed] in ([1, 0.88], [1])
-        assert all(0.5 < result['tokens'] <= 0.6 or run['name'] == 'coarse' for result in mixed)
+        assert fine['tokens'] == 1 and [round(result['size'], 2) for result in mixed] in ([1, 0.88], [1], [0.77])
+        assert all(0.5 < result['tokens'] <= 0.6 or run['name'] in ('coarse', 'dense') for result in mixed)
+    assert runs[-1]['results'][1]['tokens'] == pytest.approx(26 / 37)  # 5 x 5 of 6 x 6 cells
 
     def weights(path):
         return torch.load(path, weights_only=False)['state_dict']

@@ -4,7 +4,8 @@
 
 CONFIG is that of the dense segmentor, each CHECKPOINT a seed of it, 0, 1 and so on, and each FOLDER what
 tools/fit_gate.py --full-size made of it: its gate is that of the variant "fitted". A variant is trained from the
-weights that CONFIG begins with, and run over the test set with all tokens fine, then with as many as --budget allows.
+weights that CONFIG begins with, and run over the test set with all tokens fine, then with as many as --budget allows;
+"dense" is trained all fine, and within the budget sees smaller images: what --crop does by itself.
 What is finished is not done again: the same command goes on where it stopped. Writes variants.json and variants.md.
 """
 
@@ -21,7 +22,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 from torch.nn import Module
 
-from mmseg_msvit.arena import dense, play, score_gates, score_random
+from mmseg_msvit.arena import dense, play, score_gates, score_random, smaller
 from mmseg_msvit.command_line import InputError, one_line_errors, positive, write_whole
 from mmseg_msvit.dense_pass import find_test_images, gather
 from mmseg_msvit.flops import PLAIN_VITS
@@ -33,6 +34,7 @@ SHAPING = dict(type='GeneralizedBatchShapingLoss')
 DOUBT = dict(type='DoubtLoss')
 # What the backbone of a variant has; a coarse half of the regions is 62 % of the tokens.
 VARIANTS = {
+    'dense': dict(gate=dict(type='FixedGate')),
     'fitted': {},
     'doubt': dict(gate=CONTEXT, gate_loss=DOUBT, train_tokens='active'),
     'doubt, dense at first': dict(
@@ -90,13 +92,18 @@ def over_test_set(model: Module, config: Config) -> tuple:
 
 
 def test(config: Config, checkpoint: str, name: str, budget: float, device: str) -> list:
-    """Results of the test set: all fine, then within the budget on whole images and on those of ``shared_size``."""
+    """Results of the test set: all fine, then within the budget on whole images and on those of ``shared_size``.
+
+    "Dense" has no coarse tokens: within the budget are smaller images.
+    """
     model = load_model(config, checkpoint, device)
     model.backbone.select.threshold = 1.0  # no region is coarse
     examples, windows = over_test_set(model, config)
     results = [replace(dense(model, examples), chooser='fine')]
     kind = name.partition(' + ')[0]
     score = score_random if kind in ('random', 'coarse') else score_gates
+    if kind == 'dense':
+        return [asdict(result) for result in (*results, smaller(model, examples, windows, budget))]
     for size in (1.0,) if kind == 'coarse' else (1.0, shared_size(budget)):
         model.backbone.input_scale = size
         spent = None if kind == 'coarse' else budget
@@ -133,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('config', help='of the dense segmentor')
     parser.add_argument('checkpoints', nargs='+', help='of the dense segmentor, one for each seed')
-    names = [kind + detail for kind in VARIANTS for detail in DETAILS]
+    names = ['dense', *(kind + detail for kind in VARIANTS if kind != 'dense' for detail in DETAILS)]
     parser.add_argument('--variants', nargs='+', choices=names, default=names, metavar='NAME', help=', '.join(names))
     parser.add_argument('--converted', nargs='+', type=Path, required=True, help='by tools/fit_gate.py, one for each')
     parser.add_argument('--crop', type=positive, help="pixels of a training image's side; else the config's")
