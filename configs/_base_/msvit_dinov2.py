@@ -1,5 +1,5 @@
-# What a config with a gate that is learned jointly adds to a dense twin on DINOv2. On CamVid a gate that tools/fit_gate.py
-# has fitted to the dense twin comes out better, converted or trained with (docs/benchmarks.md).
+# What a config with a gate that is learned jointly adds to a dense twin on DINOv2. On CamVid a gate that
+# tools/fit_gate.py has fitted to the dense twin comes out better, converted or trained with (docs/benchmarks.md).
 custom_hooks = [dict(type='GateLossHook')]
 learned_gate = dict(
     gate=dict(_delete_=True, type='MLPGate'),
