@@ -1,5 +1,6 @@
 """What a user gets: wheel, sdist, editable install, a light import."""
 
+import re
 import runpy
 import shutil
 import subprocess
@@ -85,8 +86,7 @@ print(sorted(optional & (set(sys.modules) - before)))
 def test_scripts_are_valid_and_name_no_place_of_one_machine():
     for script in [*ROOT.glob('tools/*.sh'), ROOT / '.ci/run']:
         subprocess.run(['bash', '-n', script], check=True)
-        text = script.read_text()
-        assert '/root/' not in text and '/home/' not in text and '/work/' not in text
+        assert not re.search(r'/(root|home|work)/', script.read_text())
 
 
 # What the script calls, without a Python or a registry: each call is a line in $LOG, one that matches $FAIL fails.
