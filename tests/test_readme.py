@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import timm
 import torch
 from conftest import ROOT, sample
 from mmengine.config import Config
@@ -44,3 +45,15 @@ def test_swap(text, scales):
     total.backward()
     assert all(p.grad is not None for gate in model.backbone.gates for p in gate.parameters())
     build_optim_wrapper(model, config.optim_wrapper)
+
+
+def test_without_a_config(tmp_path, monkeypatch):
+    [text] = (block for block in BLOCKS if 'load_backbone' in block)
+    monkeypatch.chdir(tmp_path)
+    source = timm.create_model('vit_small_patch14_dinov2', depth=2, img_size=70)
+    torch.save(source.state_dict(), re.search(r"'(.*\.pth)'", text).group(1))
+    names = dict(images=torch.randn(2, 3, 70, 98))
+    exec(text, names)
+    assert names['features'].shape == (2, 384, 5, 7)
+    cost = names['cost']
+    assert cost['tokens'] < cost['dense_tokens'] == 36 and cost['total'] < cost['dense_total']
