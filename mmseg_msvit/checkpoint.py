@@ -5,9 +5,10 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
+from mmengine.logging import print_log
 from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ INNER = ('patch_embed.', 'pos_embed', 'register_tokens', 'ln_pre.', 'layers.')
 NEEDED = ('cls_token', 'pos_embed', 'register_tokens', 'gamma_1', 'gamma_2', 'relative_position_bias_table')
 
 NO_PLACE, MISSING = 'finds no place', 'is missing'
+OTHER_NAMES = "An MSViT with gate=dict(type='FixedGate') takes a ViT that another library has named"
 # What is wrong with a tensor -> what to set.
 ADVICE = (
     (r'^cls_token \(', 'embed_dims'),
@@ -192,26 +194,65 @@ def refuse_not_finite(tensors: Dict[str, Tensor], prefix: str = '') -> None:
         raise ValueError(f'checkpoint: wanted finite weights, got NaN or infinite ones in {names}')
 
 
-def load_segmentor(model: nn.Module, path: str) -> None:
-    """Loads a segmentor's weights: as mmengine does, but runs nothing in the file, and takes none without the head.
+def with_own_vit(
+    model: nn.Module, backbone: nn.Module, tensors: Dict[str, Tensor]
+) -> Tuple[Dict[str, Tensor], Optional[Report]]:
+    """A whole model's state dict, whose ViT may be of any layout, with that as the model's backbone has it.
 
     Args:
-        model: with a backbone of any class.
+        model: that has the backbone in it.
+        backbone: an MSViT of any family.
+        tensors: of the whole model.
+
+    Returns:
+        The tensors, and what was made of a ViT that another library has named.
+
+    Raises:
+        ValueError: the ViT is not of the backbone's architecture.
+    """
+    (name,) = (name for name, module in model.named_modules() if module is backbone)
+    own = dict(tensors)
+    adapt(backbone, own, f'{name}.')
+    wrong = misfits(backbone, own, f'{name}.')
+    if f'{name}.layers.0.attn.attn.in_proj_weight' in tensors:  # by mmseg's names
+        refuse(wrong)
+    if not wrong:
+        return own, None
+    fitted, report = fit(backbone, tensors)
+    rest = {key: tensors[key] for key in model.state_dict() if key in tensors and not key.startswith(f'{name}.')}
+    report.unused = [key for key in report.unused if key not in rest]
+    return {**rest, **{f'{name}.{key}': value for key, value in fitted.items()}}, report
+
+
+def load_segmentor(model: nn.Module, path: str) -> None:
+    """Loads a segmentor's weights: as mmengine does, but runs nothing in the file, and wants ViT and head whole.
+
+    Args:
+        model: with a backbone of any class; where that is an MSViT, the file's ViT may be of any layout.
         path: a training checkpoint or bare weights, a file or an address.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read; a tensor of the head is missing; or one is of another shape, or not finite.
+        ValueError: it cannot be read; a tensor of ViT or head is missing; or one is of another shape, or not finite.
     """
     weights = unwrap(read_checkpoint(path))
     refuse_not_finite(weights)
-    adapts = hasattr(model.backbone, 'may_lack')  # an MSViT, which sees to its own weights when they are loaded
     wrong = misshapen(model, weights)
-    wrong = {name: how for name, how in wrong.items() if not (adapts and name.startswith('backbone.'))}
-    head = (f'decode_head.{name}' for name in model.decode_head.state_dict())
-    wrong.update({name: MISSING for name in head if name not in weights})
+    needed = [f'decode_head.{name}' for name in model.decode_head.state_dict()]
+    if hasattr(model.backbone, 'may_lack'):  # an MSViT
+        wrong = {name: how for name, how in wrong.items() if not name.startswith('backbone.')}
+        weights, report = with_own_vit(model, model.backbone, weights)
+        if report is not None:
+            print_log(f'{path}: {report}', logger='current')
+    else:
+        needed += [f'backbone.{name}' for name, _ in model.backbone.named_parameters()]
+    wrong.update({name: MISSING for name in needed if name not in weights})
     if wrong:
-        raise ValueError(f'checkpoint: wanted the weights of this very model, got {"; ".join(_listed(wrong, 4))}')
+        lacks_vit = any(name.startswith('backbone.') and how == MISSING for name, how in wrong.items())
+        advice = f'. {OTHER_NAMES}' if lacks_vit else ''
+        raise ValueError(
+            f'checkpoint: wanted the weights of this very model, got {"; ".join(_listed(wrong, 4))}{advice}'
+        )
     load_state_dict(model, weights)
 
 

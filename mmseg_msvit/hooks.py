@@ -10,7 +10,7 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmseg.registry import HOOKS
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from .checkpoint import adapt, fit, misfits, refuse
+from .checkpoint import with_own_vit
 from .inspection import find_msvit
 from .reading import find_weights, unwrap
 
@@ -34,20 +34,11 @@ class ViTWeightsHook(Hook):
         model = runner.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):  # whose names mmengine leaves out
             model = model.module
-        backbone = find_msvit(model)
-        (name,) = (name for name, module in model.named_modules() if module is backbone)
-        tensors = unwrap(checkpoint)
-        if f'{name}.layers.0.attn.attn.in_proj_weight' in tensors:  # a whole model with a backbone of mmseg's names
-            adapt(backbone, tensors, f'{name}.')
-            refuse(misfits(backbone, tensors, f'{name}.'))
-            if find_weights(checkpoint) is not checkpoint.get('state_dict'):  # where mmengine looks
-                checkpoint['state_dict'] = tensors
-            return
-        fitted, report = fit(backbone, tensors)
-        rest = {key: tensors[key] for key in model.state_dict() if key in tensors and not key.startswith(f'{name}.')}
-        report.unused = [key for key in report.unused if key not in rest]
-        print_log(f'load_from: {report}', logger='current')
-        checkpoint['state_dict'] = {**rest, **{f'{name}.{key}': value for key, value in fitted.items()}}
+        tensors, report = with_own_vit(model, find_msvit(model), unwrap(checkpoint))
+        if report is not None:
+            print_log(f'load_from: {report}', logger='current')
+        if report is not None or find_weights(checkpoint) is not checkpoint.get('state_dict'):  # where mmengine looks
+            checkpoint['state_dict'] = tensors
 
 
 @HOOKS.register_module()

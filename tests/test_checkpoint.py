@@ -29,7 +29,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from mmseg_msvit import reading
-from mmseg_msvit.checkpoint import fit
+from mmseg_msvit.checkpoint import fit, load_segmentor
 from mmseg_msvit.reading import read_checkpoint, unwrap
 from mmseg_msvit.resampling import resample_positions
 from mmseg_msvit.versions import BEFORE_TORCH_26
@@ -304,6 +304,21 @@ def test_load_from_with_test_time_augmentation_keeps_the_head(layout, images, tm
     else:
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, source.state_dict()[name]), name
+
+
+@pytest.mark.parametrize('prefix', ['backbone.', 'backbone.vit.'])
+def test_a_trained_segmentor_with_the_vit_of_another_library(prefix, images, tmp_path):
+    vit, source = timm_vit(), MODELS.build(segmentor())
+    randomize(source)
+    head = {name: tensor for name, tensor in source.state_dict().items() if name.startswith('decode_head.')}
+    path = str(tmp_path / 'segmentor.pth')
+    torch.save({'state_dict': {**head, **{prefix + name: t for name, t in vit.state_dict().items()}}}, path)
+    model = MODELS.build(segmentor())
+    load_segmentor(model, path)
+    check(model.backbone.eval(), timm_features(vit, images), images)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in head.items())
+    with pytest.raises(ValueError, match='got backbone.* is missing.* An MSViT with gate='):
+        load_segmentor(MODELS.build(segmentor('VisionTransformer')), path)
 
 
 def test_load_from_refuses_a_deeper_segmentor(tmp_path):

@@ -159,6 +159,20 @@ def test_part_of_the_saving_is_the_size(folder, fit, tmp_path):
     assert 0.45 < np.mean([tokens for tokens, *_ in found]) <= 0.5 + 1e-6
 
 
+def test_a_segmentor_whose_vit_another_library_has_named(folder, fit, tmp_path):
+    config = Config.fromfile(folder / 'dense.py')
+    config.model.backbone.update(type='MSViT', gate=dict(type='FixedGate'))
+    config.dump(str(tmp_path / 'dense.py'))
+    before = torch.load(folder / 'work/iter_100.pth', weights_only=False)['state_dict']
+    foreign = {name.replace('attn.attn.in_proj_', 'attn.qkv.'): tensor for name, tensor in before.items()}
+    foreign = {name.replace('attn.attn.out_proj', 'attn.proj'): tensor for name, tensor in foreign.items()}
+    torch.save(foreign, tmp_path / 'foreign.pth')
+    paths = dict(config=tmp_path / 'dense.py', checkpoint=tmp_path / 'foreign.pth')
+    assert fit('--out', tmp_path / 'out', '--steps', 2, **paths) is None
+    after = torch.load(tmp_path / 'out/checkpoint.pth', weights_only=True)['state_dict']
+    assert set(foreign) != set(before) and all(torch.equal(value, after[name]) for name, value in before.items())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     'backbone',
