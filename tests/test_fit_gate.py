@@ -164,8 +164,10 @@ def test_a_segmentor_whose_vit_another_library_has_named(folder, fit, tmp_path):
     config.model.backbone.update(type='MSViT', gate=dict(type='FixedGate'))
     config.dump(str(tmp_path / 'dense.py'))
     before = torch.load(folder / 'work/iter_100.pth', weights_only=False)['state_dict']
-    foreign = {name.replace('attn.attn.in_proj_', 'attn.qkv.'): tensor for name, tensor in before.items()}
-    foreign = {name.replace('attn.attn.out_proj', 'attn.proj'): tensor for name, tensor in foreign.items()}
+    names = {name: name for name in before}
+    for ours, theirs in (('attn.attn.in_proj_', 'attn.qkv.'), ('attn.attn.out_proj', 'attn.proj')):
+        names.update({n: new.replace(ours, theirs) for n, new in names.items() if n.startswith('backbone.')})
+    foreign = {names[name]: tensor for name, tensor in before.items()}
     torch.save(foreign, tmp_path / 'foreign.pth')
     paths = dict(config=tmp_path / 'dense.py', checkpoint=tmp_path / 'foreign.pth')
     assert fit('--out', tmp_path / 'out', '--steps', 2, **paths) is None
