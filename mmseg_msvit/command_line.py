@@ -1,6 +1,7 @@
 """What all tools share: errors in one line, numbers that are checked, and files that are whole or absent."""
 
 import argparse
+import hashlib
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,3 +38,22 @@ def write_whole(path: Path, save: Callable[[Path], object]) -> None:
     unfinished = path.with_name(f'{path.name}.unfinished')
     save(unfinished)
     os.replace(unfinished, path)
+
+
+def claim(mark: Path, checkpoint: str) -> None:
+    """Says whose the results beside a file are, so that those of another model are not taken for them.
+
+    Args:
+        mark: the file, which gets the checkpoint's SHA-256.
+        checkpoint: a file, or an address, which is known by its name alone.
+
+    Raises:
+        InputError: the results are another checkpoint's.
+    """
+    content = Path(checkpoint).read_bytes() if Path(checkpoint).is_file() else checkpoint.encode()
+    digest = hashlib.sha256(content).hexdigest()
+    if mark.exists() and mark.read_text().strip() != digest:
+        raise InputError(
+            f'--out: wanted a folder for {checkpoint}, got {mark.parent} with results of another checkpoint'
+        )
+    write_whole(mark, lambda path: path.write_text(digest + '\n'))

@@ -65,6 +65,12 @@ def test_told_gates_decide_as_told(dense):
         assert torch.equal(decision.coarse[1], levels[1].sigmoid() > 0.5)
 
 
+def bare(checkpoint, folder):
+    """Another file: the weights alone."""
+    torch.save(torch.load(checkpoint, weights_only=False)['state_dict'], folder / 'bare.pth')
+    return folder / 'bare.pth'
+
+
 @pytest.mark.slow
 def test_the_tool_goes_on_where_it_stopped(dense, tool, tmp_path, capsys):
     line = ['arena.py', *dense, '--out', tmp_path, '--scales', '16,32', '--budgets', 0.6, '--sizes', 'whole', 'shared']
@@ -92,6 +98,7 @@ def test_the_tool_goes_on_where_it_stopped(dense, tool, tmp_path, capsys):
     assert tool(*line) is None
     assert capsys.readouterr().out.count('run_0: Result') == 1
     assert json.loads(results.read_text()) == known
+    assert 'results of another checkpoint' in tool(line[0], dense[0], bare(dense[1], tmp_path), *line[3:])
 
 
 @pytest.mark.slow
@@ -121,4 +128,5 @@ def test_variants_are_trained_and_tested_once(dense, tool, tmp_path, capsys):
     assert not torch.equal(fitted['backbone.cls_token'], gate['backbone.cls_token'])
     assert 'backbone.out_details.0.weight' in weights(out / 'doubt_detail_64_0/iter_2.pth')
     assert (out / 'variants.md').read_text().count('| coarse |') == 2
+    assert 'results of another checkpoint' in tool(line[0], dense[0], bare(dense[1], tmp_path), *line[3:], names[0])
     assert 'a folder for each checkpoint' in tool(*line[:3], '--converted', converted, converted, '--out', out)

@@ -23,7 +23,7 @@ from mmengine.runner import Runner
 from torch.nn import Module
 
 from mmseg_msvit.arena import dense, play, score_gates, score_random, smaller
-from mmseg_msvit.command_line import InputError, one_line_errors, positive, write_whole
+from mmseg_msvit.command_line import InputError, claim, one_line_errors, positive, write_whole
 from mmseg_msvit.dense_pass import find_test_images, gather
 from mmseg_msvit.flops import PLAIN_VITS
 from mmseg_msvit.gate_fitting import shared_size
@@ -154,6 +154,8 @@ def main() -> None:
         raise InputError(f'--converted: wanted a folder for each checkpoint, {wanted}, got {got}')
     args.out.mkdir(parents=True, exist_ok=True)
     file, base = args.out / 'variants.json', load_config(args.config)
+    for seed, checkpoint in enumerate(args.checkpoints):
+        claim(args.out / f'checkpoint_{seed}.sha256', checkpoint)
     runs = json.loads(file.read_text()) if file.exists() else []
     for name in args.variants:
         for seed, (checkpoint, converted) in enumerate(zip(args.checkpoints, args.converted)):
