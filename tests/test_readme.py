@@ -1,16 +1,19 @@
 """The configs of README and docs are built as they stand there, and run."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
-from conftest import ROOT, sample
+from conftest import ROOT, randomize, sample
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
-from mmseg.registry import MODELS
+from mmengine.runner.checkpoint import load_state_dict
+from mmseg.registry import HOOKS, MODELS
 
+from mmseg_msvit.checkpoint import load_segmentor
 from mmseg_msvit.inspection import find_msvit
 
 PAGES = ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))
@@ -57,3 +60,28 @@ def test_without_a_config(tmp_path, monkeypatch):
     assert names['features'].shape == (2, 384, 5, 7)
     cost = names['cost']
     assert cost['tokens'] < cost['dense_tokens'] == 36 and cost['total'] < cost['dense_total']
+
+
+@pytest.mark.parametrize('how', ['tools', 'mim test'])
+def test_a_trained_segmentor_whose_vit_is_not_mmsegs(how, tmp_path):
+    [text] = (block for block in BLOCKS if 'backbone = dict(\n    _delete_=True' in block)
+    base = "_base_ = 'mmseg::segmenter/segmenter_vit-s_fcn_8xb1-160k_ade20k-512x512.py'"
+    config = Config.fromstring(f'{base}\n{text}', '.py')
+    config.model.backbone.num_layers, config.model.pretrained = 2, None
+    model, vit = MODELS.build(config.model).eval(), timm.create_model('vit_small_patch14_dinov2', depth=2).eval()
+    randomize(vit)
+    head = {name: tensor for name, tensor in model.state_dict().items() if name.startswith('decode_head.')}
+    weights = {**head, **{f'backbone.vit.{name}': tensor for name, tensor in vit.state_dict().items()}}
+    if how == 'tools':
+        torch.save(weights, tmp_path / 'trained.pth')
+        load_segmentor(model, str(tmp_path / 'trained.pth'))
+    else:
+        (hook,) = config.custom_hooks
+        checkpoint = dict(state_dict=weights)
+        HOOKS.build(hook).after_load_checkpoint(SimpleNamespace(model=model), checkpoint)
+        load_state_dict(model, checkpoint['state_dict'], strict=True)
+    images = torch.randn(1, 3, 518, 518)
+    with torch.no_grad():
+        wanted = vit.forward_features(images)[:, 1:]  # (1, h * w, C)
+        features = model.backbone(images)[-1]
+    torch.testing.assert_close(features, wanted.mT.view_as(features), rtol=1e-4, atol=1e-4)
