@@ -155,8 +155,9 @@ def draw(rows: list) -> Figure:
     curves = {}
     for row in rows:
         if row['chooser'] not in ('dense', 'coarse'):
-            name = row['chooser'] if row['chooser'] == 'smaller' or row['size'] == 1 else f'{row["chooser"]}, smaller'
-            name += f', {len(row["scales"])} scales' if len(row['scales']) > 2 else ''
+            name = row['chooser']
+            if name != 'smaller':  # which is the dense model
+                name += ', smaller' * (row['size'] < 1) + f', {len(row["scales"])} scales' * (len(row['scales']) > 2)
             curves.setdefault(name, []).append(row)
     for name, curve in curves.items():
         curve.sort(key=lambda row: row['encoder'])

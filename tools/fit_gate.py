@@ -66,7 +66,9 @@ def main() -> None:
     write(config, model, changes, reader.dataset.metainfo, args.out)
 
     settled = f'at {backbone.input_scale:.0%} of their size, threshold {backbone.select.threshold:.4g}'
-    table = Table(title=f'{len(images)} images, {settled}: {share:.1%} of the dense tokens')
+    table = Table(
+        title=f'{len(images)} images, which the gate was fitted to, {settled}: {share:.1%} of the dense tokens'
+    )
     for column in ('', 'tokens', 'backbone GMACs', 'as the dense model', 'mIoU'):
         table.add_column(column, justify='right' if column else 'left', no_wrap=True)
     for row in compare(model, examples):
