@@ -225,7 +225,7 @@ def with_own_vit(
 
 
 def load_segmentor(model: nn.Module, path: str) -> None:
-    """Loads a segmentor's weights: as mmengine does, but runs nothing in the file, and wants ViT and head whole.
+    """Loads a segmentor's weights: as mmengine does, but runs nothing in the file, and wants ViT, gates and head whole.
 
     Args:
         model: with a backbone of any class; where that is an MSViT, the file's ViT may be of any layout.
@@ -233,22 +233,23 @@ def load_segmentor(model: nn.Module, path: str) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read; a tensor of ViT or head is missing; or one is of another shape, or not finite.
+        ValueError: it cannot be read; a tensor of ViT, gates or head is missing, of another shape, or not finite.
     """
     weights = unwrap(read_checkpoint(path))
     refuse_not_finite(weights)
-    wrong = misshapen(model, weights)
     needed = [f'decode_head.{name}' for name in model.decode_head.state_dict()]
+    parameters = [f'backbone.{name}' for name, _ in model.backbone.named_parameters()]
     if hasattr(model.backbone, 'may_lack'):  # an MSViT
-        wrong = {name: how for name, how in wrong.items() if not name.startswith('backbone.')}
         weights, report = with_own_vit(model, model.backbone, weights)
         if report is not None:
             print_log(f'{path}: {report}', logger='current')
+        needed += [name for name in parameters if re.match(r'backbone\.(gate|coarser_gates)\.', name)]
     else:
-        needed += [f'backbone.{name}' for name, _ in model.backbone.named_parameters()]
+        needed += parameters
+    wrong = misshapen(model, weights)
     wrong.update({name: MISSING for name in needed if name not in weights})
     if wrong:
-        lacks_vit = any(name.startswith('backbone.') and how == MISSING for name, how in wrong.items())
+        lacks_vit = any(how == MISSING and re.match(r'backbone\.(?!gate|coarser)', name) for name, how in wrong.items())
         advice = f'. {OTHER_NAMES}' if lacks_vit else ''
         raise ValueError(
             f'checkpoint: wanted the weights of this very model, got {"; ".join(_listed(wrong, 4))}{advice}'

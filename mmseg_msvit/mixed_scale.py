@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .blocks import Block, Places, block_of
+from .checkpoint import ADDED
 from .embedding import (
     CoarseDetail,
     PatchRows,
@@ -140,6 +141,11 @@ class MixedScale(Gated, TakesWeights):
         if out_detail == 'residual':
             self.out_details = nn.ModuleList(ZeroLinear(self.embed_dims, self.embed_dims) for _ in range(outputs))
         self.layers = nn.ModuleList(self.block(layer) for layer in self.layers)
+        # The library has frozen what it made; registers and layer scales are of the same ViT.
+        kept = getattr(self, 'frozen_exclude', ['all'])
+        for name, parameter in self.named_parameters():
+            if 'all' not in kept and not name.startswith(ADDED) and not any(part in name for part in kept):
+                parameter.requires_grad_(False)
         self.adapt_what_is_loaded()
 
     def block(self, layer: nn.Module) -> Block:
@@ -234,6 +240,7 @@ class MixedScale(Gated, TakesWeights):
         x = self.patch_embed(patches[tokens.image, patch])  # (N, C), in prefix rows some patch's, replaced below
         for level, detail in enumerate(self.details, 1):
             x = add_detail(x, images, tokens, level, self.patch_size, self.patch_embed, detail)
+        x = x.to(self.cls_token.dtype)  # under autocast the residual stream is in float32, as the library's
         position = self.position(tokens)  # (T + 1, C)
         if position is not None:
             x = x + position.to(x.dtype)[patch]

@@ -477,3 +477,12 @@ def test_a_smaller_image_at_test_time_alone():
     assert model.train()(images)[-1].shape[2:] == (6, 9)
     with pytest.raises(ValueError, match=r'input_scale must be in \(0, 1\], got 1.5'):
         build_msvit(input_scale=1.5)
+
+
+def test_what_is_frozen_is_all_of_the_vit_and_none_of_the_gate():
+    options = dict(layer_scale_init_value=0.1, ffn_type='swiglu', num_register_tokens=2, out_detail='residual')
+    model = build_msvit(frozen_exclude=['layers.1.'], **options)
+    learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    ours = {name for name, _ in model.named_parameters() if name.startswith(('gate.', 'out_details.', 'gate_losses.'))}
+    last = {name for name, _ in model.named_parameters() if name.startswith('layers.1.')}
+    assert ours and learns == ours | last

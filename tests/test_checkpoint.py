@@ -321,6 +321,28 @@ def test_a_trained_segmentor_with_the_vit_of_another_library(prefix, images, tmp
         load_segmentor(MODELS.build(segmentor('VisionTransformer')), path)
 
 
+@pytest.mark.parametrize('theirs, ours, message', [
+    (dict(type='FixedGate'), dict(type='MLPGate', frozen=True), r'backbone.gate.\S+ is missing'),
+    (dict(type='ContextGate'), dict(type='MLPGate'), r'backbone.gate.\S+ is missing'),
+    (dict(type='ContextGate'), dict(type='FixedGate'), None),
+])  # fmt: skip
+def test_a_gate_that_is_not_in_the_file_does_not_answer_for_it(theirs, ours, message, tmp_path):
+    source, model = (MODELS.build(segmentor(gate=gate)) for gate in (theirs, ours))
+    torch.save(source.state_dict(), tmp_path / 'a.pth')
+    if message is None:
+        load_segmentor(model, str(tmp_path / 'a.pth'))
+    else:
+        with pytest.raises(ValueError, match=message):
+            load_segmentor(model, str(tmp_path / 'a.pth'))
+
+
+def test_a_gate_of_another_shape_is_refused(tmp_path):
+    source, model = (MODELS.build(segmentor(gate=dict(type='MLPGate'), scales=(16, side))) for side in (32, 64))
+    torch.save(source.state_dict(), tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match=r'backbone.gate.embed.weight \(32, 3072\), wanted \(32, 12288\)'):
+        load_segmentor(model, str(tmp_path / 'a.pth'))
+
+
 def test_load_from_refuses_a_deeper_segmentor(tmp_path):
     torch.save({'state_dict': MODELS.build(segmentor(num_layers=4)).state_dict()}, tmp_path / 'segmentor.pth')
     with pytest.raises(ValueError, match='layers.3.ln1.weight finds no place'):

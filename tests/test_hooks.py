@@ -85,6 +85,21 @@ class Twice(torch.nn.Module):
         return self.model(inputs, data_samples, mode=mode)
 
 
+@pytest.mark.parametrize('how', ['eval', 'no_grad'])
+def test_a_gate_that_would_learn_nothing_is_refused(how, monkeypatch):
+    """As by what people do to keep a ViT as it is."""
+    model, (inputs, samples) = segmentor().train(), batch()
+    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model))
+    if how == 'eval':
+        model.backbone.eval()
+    else:
+        monkeypatch.setattr(model, 'extract_feat', torch.no_grad()(model.extract_feat))
+    with pytest.raises(ValueError, match='the gate would learn nothing'):
+        model(inputs, samples, mode='loss')
+    model.backbone.requires_grad_(False)
+    assert not any('gate' in name for name in model(inputs, samples, mode='loss'))
+
+
 def test_a_backbone_that_runs_twice_in_a_step_has_the_mean_of_both_and_no_labels():
     inputs, samples = batch()
     with pytest.raises(ValueError, match='PurityLoss reads data_samples, and the backbone ran 2 times'):

@@ -92,3 +92,25 @@ def test_two_hundred_steps_of_mixed_precision_are_finite_and_learn(dtype):
         losses.append(loss.item())
     assert torch.tensor(losses).isfinite().all() and losses[-1] < 0.7 * losses[0]
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('dtype', HALVES)
+def test_the_residual_stream_is_the_librarys_under_autocast(dtype):
+    """It is in float32: what half precision cannot hold is left in it."""
+    shape = dict(img_size=64, embed_dims=64, num_layers=4, num_heads=2, out_indices=(1, 3), patch_bias=True)
+    source = MODELS.build(dict(type='VisionTransformer', final_norm=True, **shape))
+    source.init_weights()
+    randomize(source, 0.02)
+    with torch.no_grad():
+        for layer in source.layers[:2]:
+            layer.ffn.layers[1].bias[7] = 4e4
+    model = MODELS.build(dict(type='MSViT', gate=dict(type='FixedGate'), final_norm=True, **shape))
+    model.load_state_dict(source.state_dict())
+    source.eval()  # mmseg's returns nothing
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad(), torch.autocast('cpu', dtype):
+        found, wanted = model.eval()(images), source(images)
+    assert wanted[0].max() > torch.finfo(torch.float16).max
+    for ours, theirs in zip(found, wanted):
+        assert ours.dtype == theirs.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.05)
