@@ -12,7 +12,7 @@ from mmengine.logging import print_log
 from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
 
-from .layouts import fold_layer_scale, rename
+from .layouts import fold_layer_scale, rename, vits_among
 from .reading import read_checkpoint, unwrap
 from .resampling import resample_grid, resample_patch, resample_positions, resample_relative
 
@@ -194,15 +194,44 @@ def refuse_not_finite(tensors: Dict[str, Tensor], prefix: str = '') -> None:
         raise ValueError(f'checkpoint: wanted finite weights, got NaN or infinite ones in {names}')
 
 
+def translate(backbone: nn.Module, tensors: Dict[str, Tensor], prefix: str) -> Optional[Report]:
+    """Gives a ViT that another library has named, in place, the names and grids that it has here.
+
+    Args:
+        backbone: an MSViT of any family.
+        tensors: of a whole model.
+        prefix: of the backbone in it; below it the ViT may be in a wrapper.
+
+    Returns:
+        What was made of it; None where a ViT has its names here, or where there is none.
+
+    Raises:
+        ValueError: the ViT is not of the backbone's architecture.
+    """
+    below = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if _own_block(backbone) in below or not vits_among(below):
+        return None
+    fitted, report = fit(backbone, below)
+    for name in below:
+        del tensors[prefix + name]
+    tensors.update({prefix + name: tensor for name, tensor in fitted.items()})
+    return report
+
+
+def _own_block(backbone: nn.Module) -> str:
+    """The first weight of the first block's attention, by whose name ViTs are told."""
+    return next(name for name in backbone.state_dict() if re.fullmatch(r'layers\.0\.attn\..*weight', name))
+
+
 def with_own_vit(
     model: nn.Module, backbone: nn.Module, tensors: Dict[str, Tensor]
 ) -> Tuple[Dict[str, Tensor], Optional[Report]]:
-    """A whole model's state dict, whose ViT may be of any layout, with that as the model's backbone has it.
+    """A model's state dict out of a whole one's or a ViT's alone, of any layout.
 
     Args:
         model: that has the backbone in it.
         backbone: an MSViT of any family.
-        tensors: of the whole model.
+        tensors: of the whole model, or of a ViT.
 
     Returns:
         The tensors, and what was made of a ViT that another library has named.
@@ -212,16 +241,16 @@ def with_own_vit(
     """
     (name,) = (name for name, module in model.named_modules() if module is backbone)
     own = dict(tensors)
-    adapt(backbone, own, f'{name}.')
-    wrong = misfits(backbone, own, f'{name}.')
-    if f'{name}.layers.0.attn.attn.in_proj_weight' in tensors:  # by mmseg's names
-        refuse(wrong)
-    if not wrong:
-        return own, None
-    fitted, report = fit(backbone, tensors)
-    rest = {key: tensors[key] for key in model.state_dict() if key in tensors and not key.startswith(f'{name}.')}
-    report.unused = [key for key in report.unused if key not in rest]
-    return {**rest, **{f'{name}.{key}': value for key, value in fitted.items()}}, report
+    report = translate(backbone, own, f'{name}.')
+    if report is None and f'{name}.{_own_block(backbone)}' in own:
+        adapt(backbone, own, f'{name}.')
+        refuse(misfits(backbone, own, f'{name}.'))
+    elif report is None:  # a ViT by itself, or in a model that calls it otherwise
+        fitted, report = fit(backbone, tensors)
+        own = {key: tensors[key] for key in model.state_dict() if key in tensors and not key.startswith(f'{name}.')}
+        report.unused = [key for key in report.unused if key not in own]
+        own.update({f'{name}.{key}': tensor for key, tensor in fitted.items()})
+    return own, report
 
 
 def load_segmentor(model: nn.Module, path: str) -> None:

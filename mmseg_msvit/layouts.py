@@ -190,14 +190,19 @@ def _join(tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
     return joined
 
 
-def _choose(tensors: Dict[str, Tensor]) -> Tuple[Layout, str]:
-    """The layout of the one ViT among the tensors, or of the averaged one, and the prefix of its names."""
-    found = [
+def vits_among(tensors: Dict[str, Tensor]) -> List[Tuple[Layout, str]]:
+    """The layout and the prefix of the names of each ViT among the tensors."""
+    return [
         (layout, name[: -len(layout.block)])
         for layout in LAYOUTS
         for name in tensors
         if name.endswith(layout.block) and name[: -len(layout.block)] + layout.patch in tensors
     ]
+
+
+def _choose(tensors: Dict[str, Tensor]) -> Tuple[Layout, str]:
+    """The layout of the one ViT among the tensors, or of the averaged one, and the prefix of its names."""
+    found = vits_among(tensors)
     if not found:
         names = ', '.join(dict.fromkeys(layout.name for layout in LAYOUTS))
         raise ValueError(

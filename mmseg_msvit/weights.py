@@ -5,7 +5,7 @@ from typing import ClassVar, Dict, Tuple
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from .checkpoint import ADDED, adapt, fit, misshapen, refuse, refuse_not_finite
+from .checkpoint import ADDED, adapt, fit, misshapen, refuse, refuse_not_finite, translate
 from .reading import read_checkpoint, tensors_below
 from .versions import before_load_state_dict
 
@@ -22,8 +22,8 @@ class TakesWeights:
     def adapt_what_is_loaded(self) -> None:
         """From now on ``load_state_dict`` brings what is of another image size, or without patch bias, to this model.
 
-        It raises a ValueError where a tensor of the ViT itself has another shape, with which mmengine alone would go on
-        with a random one, or is not finite.
+        A whole model's ViT may have another library's names. It raises a ValueError where a tensor of the ViT has another
+        shape, with which mmengine alone would go on with a random one, or is not finite.
         """
         before_load_state_dict(self, TakesWeights._adapt_loaded)
 
@@ -61,6 +61,9 @@ class TakesWeights:
 
     def _adapt_loaded(self, state_dict: dict, prefix: str, *args) -> None:
         refuse_not_finite(state_dict, prefix)
+        report = translate(self, state_dict, prefix)
+        if report is not None:
+            print_log(f'{prefix or "state_dict"}: {report}', logger='current')
         for name, how in adapt(self, state_dict, prefix).items():
             print_log(f'{prefix}{name} {how}', logger='current')
         shapes = misshapen(self, state_dict, prefix)

@@ -21,6 +21,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import Runner, load_checkpoint
 from mmengine.runner.checkpoint import load_state_dict
+from mmseg.apis import init_model
 from mmseg.models.backbones import VisionTransformer
 from mmseg.registry import MODELS
 from safetensors.torch import save_file
@@ -223,7 +224,8 @@ def test_mmseg(kind, images, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-HEAD = dict(type='FCNHead', in_channels=32, channels=8, num_classes=5, in_index=0)
+CLASSES = tuple('abcde')
+HEAD = dict(type='FCNHead', in_channels=32, channels=8, num_classes=len(CLASSES), in_index=0)
 
 
 def segmentor(backbone='MSViT', pretrained=None, **options):
@@ -306,19 +308,33 @@ def test_load_from_with_test_time_augmentation_keeps_the_head(layout, images, tm
             assert torch.equal(tensor, source.state_dict()[name]), name
 
 
+@pytest.mark.parametrize('how', ['load_segmentor', 'init_model', 'load_state_dict'])
 @pytest.mark.parametrize('prefix', ['backbone.', 'backbone.vit.'])
-def test_a_trained_segmentor_with_the_vit_of_another_library(prefix, images, tmp_path):
+def test_a_trained_segmentor_with_the_vit_of_another_library(how, prefix, images, tmp_path):
     vit, source = timm_vit(), MODELS.build(segmentor())
     randomize(source)
     head = {name: tensor for name, tensor in source.state_dict().items() if name.startswith('decode_head.')}
+    weights = {**head, **{prefix + name: t for name, t in vit.state_dict().items()}}
     path = str(tmp_path / 'segmentor.pth')
-    torch.save({'state_dict': {**head, **{prefix + name: t for name, t in vit.state_dict().items()}}}, path)
+    torch.save(dict(state_dict=weights, meta=dict(dataset_meta=dict(classes=CLASSES, palette=[[0] * 3] * 5))), path)
     model = MODELS.build(segmentor())
-    load_segmentor(model, path)
+    if how == 'load_segmentor':
+        load_segmentor(model, path)
+    elif how == 'init_model':
+        model = init_model(Config(dict(model=segmentor(), default_scope='mmseg')), path, device='cpu')
+    else:
+        model.load_state_dict(dict(weights))
     check(model.backbone.eval(), timm_features(vit, images), images)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in head.items())
+
+
+def test_a_library_vit_wants_its_own_names(tmp_path):
+    vit, model = timm_vit(), MODELS.build(segmentor('VisionTransformer'))
+    head = {name: tensor for name, tensor in model.state_dict().items() if name.startswith('decode_head.')}
+    path = str(tmp_path / 'segmentor.pth')
+    torch.save({**head, **{f'backbone.{name}': tensor for name, tensor in vit.state_dict().items()}}, path)
     with pytest.raises(ValueError, match='got backbone.* is missing.* An MSViT with gate='):
-        load_segmentor(MODELS.build(segmentor('VisionTransformer')), path)
+        load_segmentor(model, path)
 
 
 @pytest.mark.parametrize('theirs, ours, message', [
