@@ -27,6 +27,8 @@ INNER = ('patch_embed.', 'pos_embed', 'register_tokens', 'ln_pre.', 'layers.')
 NEEDED = ('cls_token', 'pos_embed', 'register_tokens', 'gamma_1', 'gamma_2', 'relative_position_bias_table')
 
 NO_PLACE, MISSING = 'finds no place', 'is missing'
+GATES = ('backbone.gate.', 'backbone.coarser_gates.')
+WITHOUT_GATE = "The weights of a dense model want gate=dict(type='FixedGate')"
 OTHER_NAMES = "An MSViT with gate=dict(type='FixedGate') takes a ViT that another library has named"
 # What is wrong with a tensor -> what to set.
 ADVICE = (
@@ -272,14 +274,15 @@ def load_segmentor(model: nn.Module, path: str) -> None:
         weights, report = with_own_vit(model, model.backbone, weights)
         if report is not None:
             print_log(f'{path}: {report}', logger='current')
-        needed += [name for name in parameters if re.match(r'backbone\.(gate|coarser_gates)\.', name)]
+        needed += [name for name in parameters if name.startswith(GATES)]
     else:
         needed += parameters
     wrong = misshapen(model, weights)
     wrong.update({name: MISSING for name in needed if name not in weights})
     if wrong:
-        lacks_vit = any(how == MISSING and re.match(r'backbone\.(?!gate|coarser)', name) for name, how in wrong.items())
-        advice = f'. {OTHER_NAMES}' if lacks_vit else ''
+        lacks = [name for name, how in wrong.items() if how == MISSING and name.startswith('backbone.')]
+        gates = [name for name in lacks if name.startswith(GATES)]
+        advice = '' if not lacks else f'. {WITHOUT_GATE if gates == lacks else OTHER_NAMES}'
         raise ValueError(
             f'checkpoint: wanted the weights of this very model, got {"; ".join(_listed(wrong, 4))}{advice}'
         )

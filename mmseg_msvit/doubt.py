@@ -143,18 +143,21 @@ class Teacher:
 
 @torch.no_grad()
 def dense_prediction(segmentor: nn.Module, images: Tensor) -> Tensor:
-    """Class logits (B, K, H, W) of a mixed-scale segmentor with all tokens fine, of normalised images (B, C, H, W).
+    """Class logits (B, K, H, W) of a mixed-scale segmentor, all fine at full size, of normalised images (B, C, H, W).
 
     The segmentor is as it was afterwards, in its mode too, and nobody else learns of this pass.
     """
-    select = find_msvit(segmentor).select
+    backbone = find_msvit(segmentor)
+    select, size = backbone.select, backbone.input_scale
     decides = select.threshold, select.token_budget
     select.threshold, select.token_budget = 1.0, None  # no probability is above it
+    backbone.input_scale = 1.0
     try:
         with looking_at(segmentor):
             return segmentor.encode_decode(images, [dict(img_shape=tuple(images.shape[2:]))] * len(images))
     finally:
         select.threshold, select.token_budget = decides
+        backbone.input_scale = size
 
 
 @MODELS.register_module()

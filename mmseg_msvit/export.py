@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Dict, Tuple
 
 import torch
-from mmcv.transforms import Resize
+from mmcv.transforms import LoadImageFromFile, Resize
 from mmengine.config import Config
-from mmseg.datasets.transforms import ResizeToMultiple
+from mmseg.datasets.transforms import PackSegInputs, ResizeToMultiple
 from onnxscript import opset20 as ops
 from torch import Tensor, nn
 
@@ -160,16 +160,28 @@ def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
     RGB; ``size_divisor``, to whose multiple images are padded with ``pad_val`` after that; ``resize``, what the test
     pipeline does before it; ``patch``, ``scales``, ``prefix_tokens`` (cls token and registers); ``threshold`` and
     ``token_budget`` of the config; ``binary_threshold`` of a head with one logit for two classes; ``versions``.
+
+    Raises:
+        InputError: the config prepares images in a way that these do not tell.
     """
     backbone, reader, pixels = find_msvit(model), FileReader(config), model.data_preprocessor
     channels, given = backbone.in_channels, config.model.get('data_preprocessor') or {}
     normalised = hasattr(pixels, 'mean')
     resize = []
     for step in reader.pipeline.transforms:
-        if isinstance(step, Resize) and step.scale:
+        if isinstance(step, Resize) and step.scale and step.interpolation == 'bilinear':
             resize.append(dict(scale=step.scale, keep_ratio=step.keep_ratio))
-        elif isinstance(step, ResizeToMultiple):
+        elif isinstance(step, ResizeToMultiple) and step.interpolation in (None, 'bilinear'):
             resize.append(dict(multiple=step.size_divisor))
+        elif not isinstance(step, (LoadImageFromFile, PackSegInputs)):
+            raise InputError(
+                'CONFIG: wanted a test pipeline of LoadImageFromFile, Resize to a scale and ResizeToMultiple, both '
+                f'bilinear, which a file can tell of, got {type(step).__name__} as it is set there'
+            )
+    if (pixels.test_cfg or {}).get('size') is not None:
+        raise InputError(
+            f'CONFIG: wanted a data_preprocessor.test_cfg with size_divisor alone, got size={pixels.test_cfg["size"]}'
+        )
     found = dict(
         classes=reader.dataset.metainfo['classes'],
         palette=reader.palette,

@@ -225,10 +225,19 @@ def inference_cost(model: nn.Module, heads: HeadMacs, data: dict) -> Dict[str, i
 
 
 def share_cost(backbone: MixedScale, heads: HeadMacs, grid: Grid, share: float) -> Dict[str, int]:
-    """:func:`cost` of an image of which a share of the regions is coarse, at each level of those that are left."""
-    gates = []
+    """:func:`cost` of an image of which a share of the regions is coarse, at each level of those that are left.
+
+    Args:
+        backbone: the model.
+        heads: of the model.
+        grid: (h, w), the cells of the image as the dense ViT has it.
+        share: of regions that are coarse.
+    """
+    gates, dense_grid, grid = [], grid, backbone.reduced_grid(grid)
     for side in backbone.sides[1:]:  # on a blank image of a pixel a cell they choose by place
         image = torch.zeros(1, 1, *(regions * side for regions in region_grid(grid, side)))
         gates.append(partial(VarianceGate(1, side, coarse_ratio=share), image))
-    tokens, _ = TokenSelector(backbone.sides, 'active', 1.0, 0.5, backbone.select.prefix).eval()(gates, grid)
+    tokens, _ = TokenSelector(backbone.sides, 'active', 1.0, 0.5, backbone.select.prefix).eval()(
+        gates, grid, dense_grid
+    )
     return pass_costs(backbone, tokens, heads)[0]

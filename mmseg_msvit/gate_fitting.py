@@ -54,6 +54,11 @@ def dense_backbone(model: nn.Module, path: str) -> nn.Module:
                 "CONFIG: wanted a dense ViT, an MSViT with gate=dict(type='FixedGate', coarse=False), got one with "
                 f'{type(gate).__name__} in {path}'
             )
+        budget, size = backbone.select.token_budget, backbone.input_scale
+        if budget is not None or size != 1:
+            raise InputError(
+                f'CONFIG: wanted a dense ViT, token_budget=None and input_scale=1, got {budget} and {size} in {path}'
+            )
     return backbone
 
 

@@ -82,11 +82,18 @@ def look(model: nn.Module, data: dict) -> Tuple[SegDataSample, TokenMap, Decisio
 
 
 def seen_size(backbone: MixedScale, tokens: TokenMap, sample: SegDataSample) -> Tuple[int, int]:
-    """(height, width) in pixels of an image as the backbone has embedded it, without what pads it."""
-    height, width = (
-        min(round(size * backbone.input_scale), cells * backbone.patch_size)
-        for size, cells in zip(sample.img_shape, tokens.grid)
-    )
+    """(height, width) in pixels of an image as the backbone has embedded it, without what pads it.
+
+    Args:
+        backbone: of a segmentor.
+        tokens: of the image, in one piece.
+        sample: what the segmentor made of it, with the shapes of the image and of what the preprocessor padded it to.
+    """
+    image, padded = sample.img_shape[:2], sample.metainfo.get('pad_shape', sample.img_shape)[:2]
+    if tokens.dense_grid is None:
+        return tuple(image)
+    embedded = [cells * backbone.patch_size for cells in backbone.reduced_grid(tokens.dense_grid)]  # without regions'
+    height, width = (max(1, round(part * to / whole)) for part, to, whole in zip(image, embedded, padded))
     return height, width
 
 

@@ -22,8 +22,8 @@ class TakesWeights:
     def adapt_what_is_loaded(self) -> None:
         """From now on ``load_state_dict`` brings what is of another image size, or without patch bias, to this model.
 
-        A whole model's ViT may have another library's names. It raises a ValueError where a tensor of the ViT has another
-        shape, with which mmengine alone would go on with a random one, or is not finite.
+        A whole model's ViT may have another library's names. Raised is a ValueError where a tensor of the ViT itself is
+        of another shape, with which mmengine alone would go on with a random one, or is not finite.
         """
         before_load_state_dict(self, TakesWeights._adapt_loaded)
 

@@ -5,11 +5,12 @@ import torch
 from conftest import SMALL, build_msvit, force_logits, randomize, use_plain_attention
 from mmseg.models.backbones import VisionTransformer
 from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
 
 from mmseg_msvit.blocks import Places
 from mmseg_msvit.embedding import pad_to_regions
 from mmseg_msvit.flops import pass_costs
-from mmseg_msvit.inspection import record_tokens
+from mmseg_msvit.inspection import record_tokens, seen_size
 
 SIZES = [(512, 512), (234, 345), (32, 128), (32, 32), (16, 16), (96, 80), (7, 50), (1, 1)]
 RANDOM_GATE = dict(type='MLPGate', init_coarse=0.5)
@@ -486,3 +487,19 @@ def test_what_is_frozen_is_all_of_the_vit_and_none_of_the_gate():
     ours = {name for name, _ in model.named_parameters() if name.startswith(('gate.', 'out_details.', 'gate_losses.'))}
     last = {name for name, _ in model.named_parameters() if name.startswith('layers.1.')}
     assert ours and learns == ours | last
+
+
+@pytest.mark.parametrize('image, padded', [((97, 97), (97, 97)), ((225, 257), (225, 257)), ((200, 300), (208, 304))])
+@pytest.mark.parametrize('input_scale', [1.0, 0.85])
+def test_the_size_of_what_was_embedded_without_its_padding(image, padded, input_scale):
+    """Seen on an image that is white, within padding that is black."""
+    model = build_msvit(input_scale=input_scale)
+    pixels = torch.zeros(1, 3, *padded)
+    pixels[..., : image[0], : image[1]] = 1
+    with torch.no_grad(), record_tokens(model) as seen:
+        model(pixels)
+    sample = SegDataSample(metainfo=dict(img_shape=image, pad_shape=padded))
+    height, width = seen_size(model, seen[0][0], sample)
+    white = model.reduce(pixels)[0, 0]
+    assert white[:, 0].sum().item() == pytest.approx(height, abs=0.6)
+    assert white[0].sum().item() == pytest.approx(width, abs=0.6)

@@ -330,6 +330,21 @@ def test_files_are_read_as_the_config_says(steps, config, scenes):
     np.testing.assert_allclose(found, wanted.numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize('step', [
+    dict(type='Resize', scale_factor=0.5), dict(type='Resize', scale=(200, 100), interpolation='nearest'),
+    dict(type='ResizeShortestEdge', scale=40, max_size=200), dict(type='Pad', size=(128, 128)), dict(type='CLAHE'),
+])  # fmt: skip
+def test_what_a_file_cannot_tell_of_is_refused(step, config, scenes):
+    config.test_dataloader.dataset.pipeline.insert(1, step)
+    model = MODELS.build(config.model)
+    with pytest.raises(InputError, match=f'wanted a test pipeline of .* got {step["type"]}'):
+        metadata(model, config)
+    config.test_dataloader.dataset.pipeline.pop(1)
+    config.model.data_preprocessor.test_cfg = dict(size=(128, 128))
+    with pytest.raises(InputError, match=r'test_cfg with size_divisor alone, got size=\(128, 128\)'):
+        metadata(MODELS.build(config.model), config)
+
+
 def test_errors_of_the_export_tool(bare, tool, tmp_path):
     end = tool('export_onnx.py', *bare, tmp_path / 'no/model.onnx')
     assert end == f'OUT.onnx: wanted a file in a folder, got {tmp_path}/no/model.onnx, whose folder is not there'
@@ -338,6 +353,11 @@ def test_errors_of_the_export_tool(bare, tool, tmp_path):
     config.dump(str(tmp_path / 'slide.py'))
     end = tool('export_onnx.py', tmp_path / 'slide.py', bare[1], tmp_path / 'model.onnx')
     assert "got test_cfg of mode 'slide'" in end and not Path(tmp_path / 'model.onnx').exists()
+    config.model.test_cfg = dict(mode='whole')
+    config.model.backbone.token_budget = 20
+    config.dump(str(tmp_path / 'budget.py'))
+    end = tool('export_onnx.py', tmp_path / 'budget.py', bare[1], tmp_path / 'model.onnx')
+    assert end.startswith('--budget: wanted it, since the config has a token_budget')
     config.model.backbone = dict(type='ResNetV1c', depth=18)
     config.dump(str(tmp_path / 'resnet.py'))
     end = tool('export_onnx.py', tmp_path / 'resnet.py', bare[1], tmp_path / 'model.onnx')

@@ -242,7 +242,17 @@ def test_what_cannot_be_fitted_is_said_in_one_line_and_leaves_nothing(folder, fi
     config.train_dataloader = train
     config.model.backbone.update(type='MSViT')
     config.dump(str(folder / 'other.py'))
-    assert 'an MSViT with gate=dict' in fit('--out', out, config='other.py')
+    assert "dense model want gate=dict(type='FixedGate')" in fit('--out', out, config='other.py')
+    for options, got in (
+        (
+            dict(gate=dict(type='VarianceGate')),
+            "an MSViT with gate=dict(type='FixedGate', coarse=False), got one with Var",
+        ),
+        (dict(gate=dict(type='FixedGate'), token_budget=9), 'token_budget=None and input_scale=1, got 9 and 1.0 in'),
+    ):
+        config.model.backbone.update(options)
+        config.dump(str(folder / 'other.py'))
+        assert got in fit('--out', out, config='other.py')
     config.model.backbone = dict(type='ResNetV1c', depth=18)
     config.dump(str(folder / 'other.py'))
     assert fit('--out', out, config='other.py', checkpoint='none.pth').startswith('CHECKPOINT: wanted a file')

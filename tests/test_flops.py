@@ -5,7 +5,7 @@ from mmseg.models.backbones import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmseg_msvit.flops import dense_macs, encoder_macs, operator_macs
+from mmseg_msvit.flops import dense_macs, encoder_macs, image_grid, operator_macs, pass_costs, share_cost
 from mmseg_msvit.inspection import record_tokens
 
 
@@ -62,3 +62,13 @@ def test_dense_macs_are_those_of_the_operators():
 def test_a_layer_that_torch_runs_as_one_operator_is_counted(frozen):
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval().requires_grad_(not frozen)
     assert operator_macs(layer, torch.randn(1, 5, 8)) == 5 * (4 * 8 * 8 + 2 * 8 * 16) + 2 * 5 * 5 * 8
+
+
+@pytest.mark.parametrize('size', [1.0, 0.7])
+def test_the_cost_of_a_shape_is_that_of_such_an_image(size):
+    model = build_msvit(input_scale=size, gate=dict(type='FixedGate'))
+    with torch.no_grad(), record_tokens(model) as seen:
+        model(torch.randn(1, 3, 90, 130))
+    (wanted,) = pass_costs(model, seen[0][0])
+    found = share_cost(model, None, image_grid(model, 90, 130), 0.0)
+    assert found == wanted and found['dense_tokens'] == 1 + 6 * 9

@@ -336,7 +336,9 @@ def test_doubt_loss_can_ask_the_segmentor_itself(teacher):
     dense, argument = teacher
     config = Config.fromfile(argument['config']).model
     own, other = dict(type='DoubtLoss', loss_name='loss_own'), dict(type='DoubtLoss', teacher=argument)
-    config.backbone.update(type='MSViT', patch_bias=False, gate_loss=[own, other], train_tokens='active')
+    config.backbone.update(
+        type='MSViT', patch_bias=False, gate_loss=[own, other], train_tokens='active', input_scale=0.7
+    )
     model = revert_sync_batchnorm(MODELS.build(config)).train()
     model.load_state_dict(dense.state_dict(), strict=False)
     GateLossHook().before_train(SimpleNamespace(model=model))
@@ -346,6 +348,7 @@ def test_doubt_loss_can_ask_the_segmentor_itself(teacher):
     assert 0 < losses['gate.coarse_fraction'] < 1
     torch.testing.assert_close(losses['gate.loss_own'], losses['gate.loss_doubt'])
     assert losses['gate.loss_own'].requires_grad and model.backbone.select.threshold == 0.5
+    assert model.backbone.input_scale == 0.7
     assert all(module.training for module in model.modules())
     with pytest.raises(ValueError, match='DoubtLoss without a teacher asks the segmentor: pop_gate_losses needs'):
         model.backbone(torch.randn(2, 3, 64, 64))

@@ -49,6 +49,8 @@ def main() -> None:
     config = load_config(args.config)
     model = load_model(config, args.checkpoint, 'cpu')
     notes = metadata(model, config)
+    if model.backbone.select.token_budget is not None and not args.budget:
+        raise InputError('--budget: wanted it, since the config has a token_budget, which a threshold would not keep')
     save_onnx(export_onnx(model, args.budget, args.classes), args.out, notes, args.int8)
     print(f'{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB')
 

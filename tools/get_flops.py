@@ -19,6 +19,7 @@ from rich.table import Table
 
 from mmseg_msvit.command_line import one_line_errors, positive
 from mmseg_msvit.flops import PARTS, PLAIN_VITS, HeadMacs, dense_cost, image_grid, inference_cost, share_cost
+from mmseg_msvit.gates import LearnedGate
 from mmseg_msvit.metrics import summarize_costs
 from mmseg_msvit.mixed_scale import MixedScale
 from mmseg_msvit.testset import load_config, load_model, load_testset, walk
@@ -70,7 +71,7 @@ def main() -> None:
         }
         show(rows, ['tokens', *PARTS, 'total', 'of dense'], f'GMACs of an image of {args.shape[0]}x{args.shape[1]}')
     else:
-        if args.checkpoint is None and gated and model.backbone.gate_learns:
+        if args.checkpoint is None and gated and any(isinstance(gate, LearnedGate) for gate in model.backbone.gates):
             print('no CHECKPOINT: the gate has not learned anything, its tokens mean nothing')
         result = summarize_costs([inference_cost(model, heads, data) for data in walk(dataset)])
         rows = {
