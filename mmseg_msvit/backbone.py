@@ -31,6 +31,8 @@ class MSViT(MixedScale, VisionTransformer):
             and stochastic depth is on both, as in DINOv2.
         ffn_type: ``'mlp'``, or ``'swiglu'`` as in DINOv2-g, whose hidden width is 2/3 of ``mlp_ratio * embed_dims``.
         rope: ``'dinov3'`` for its rotary positions in the place of the table.
+        norm_outputs: whether the final norm is over each of ``out_indices``, and not over the last block's alone, as in
+            DINOv2's ``get_intermediate_layers`` and transformers' ``Dinov2Backbone``.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -44,6 +46,7 @@ class MSViT(MixedScale, VisionTransformer):
         layer_scale_init_value: float = 0,
         ffn_type: str = 'mlp',
         rope: Optional[str] = None,
+        norm_outputs: bool = False,
         **kwargs,
     ):
         if ffn_type not in FFN_TYPES:
@@ -59,8 +62,10 @@ class MSViT(MixedScale, VisionTransformer):
             swiglu_ratio=kwargs.get('mlp_ratio', 4) if ffn_type == 'swiglu' else None,
             key_bias=qkv_bias != 'qv',
         )
-        self.rope = rope
+        self.rope, self.norm_outputs = rope, norm_outputs
         super().__init__(*args, patch_bias=patch_bias, qkv_bias=bool(qkv_bias), **kwargs)
+        if norm_outputs and not self.final_norm:
+            raise ValueError('norm_outputs=True wants final_norm=True: it is that norm')
         if rope == 'dinov3':
             # It is no parameter and in no state dict: there for mmseg's initialisation only, and added to nothing.
             del self.pos_embed

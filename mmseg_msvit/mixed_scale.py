@@ -80,6 +80,7 @@ class MixedScale(Gated, TakesWeights):
     out_origin = False
     pre_norm = False
     with_cp = False
+    norm_outputs = False
     interpolate_mode = 'bicubic'
 
     def __init__(
@@ -184,10 +185,12 @@ class MixedScale(Gated, TakesWeights):
                 x = checkpoint(layer, x, tokens, places, use_reentrant=False)
             else:
                 x = layer(x, tokens, places)
-            if i == len(self.layers) - 1 and self.final_norm:
+            last = i == len(self.layers) - 1
+            if last and self.final_norm:
                 x = self.norm1(x)
             if i in self.out_indices:
-                outputs.append(self._output(len(outputs), x, tokens))
+                normed = self.norm1(x) if self.norm_outputs and not last else x
+                outputs.append(self._output(len(outputs), normed, tokens))
             x, reduced = self.between(i, x, tokens)
             if reduced is not tokens:
                 tokens, places = reduced, self.places(reduced)

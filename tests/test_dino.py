@@ -18,6 +18,7 @@ from mmseg_msvit.resampling import resample_patch
 pytest.importorskip('transformers')
 
 from transformers import (  # noqa: E402
+    Dinov2Backbone,
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
@@ -354,3 +355,18 @@ def test_a_patch_embedding_that_shrinks_is_the_nearest_one():
     resize = F.interpolate(unit, (14, 14), mode='bilinear', antialias=True).flatten(1).T  # (196, 256)
     left = shrunk.flatten(2) @ resize - weight.flatten(2)  # (2, 3, 256)
     torch.testing.assert_close(left @ resize.T, torch.zeros(2, 3, 196, dtype=torch.float64))
+
+
+def test_each_output_is_normed_as_transformers_backbone_norms_it(tmp_path):
+    shape = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=70, patch_size=14)
+    source = random(Dinov2Backbone(Dinov2Config(out_indices=[1, 3], **shape)))
+    torch.save(source.state_dict(), tmp_path / 'a.pth')
+    model = msvit(tmp_path / 'a.pth', **V2, out_indices=(0, 2), norm_outputs=True)
+    images = torch.randn(2, 3, 70, 70)
+    with torch.no_grad():
+        wanted, found = source(images).feature_maps, model(images)
+        plain = msvit(tmp_path / 'a.pth', **V2, out_indices=(0, 2))(images)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(plain[1], found[1]) and not torch.allclose(plain[0], found[0], atol=0.1)
+    with pytest.raises(ValueError, match='norm_outputs=True wants final_norm=True'):
+        msvit(**{**V2, 'final_norm': False}, norm_outputs=True)
