@@ -179,7 +179,7 @@ class DoubtLoss(ShareLoss):
 
     default_name = 'loss_doubt'
 
-    def __init__(self, teacher: Optional[dict] = None, momentum: float = 0.01, **kwargs):
+    def __init__(self, teacher: Optional[dict] = None, momentum: float = 0.1, **kwargs):
         super().__init__(**kwargs)
         if teacher is not None and (not isinstance(teacher, dict) or set(teacher) != {'config', 'checkpoint'}):
             raise ValueError(f'teacher must be dict(config=..., checkpoint=...) of a dense segmentor, got {teacher}')
@@ -203,6 +203,8 @@ class DoubtLoss(ShareLoss):
         seen = dense_prediction(segmentor, images) if self.teacher is None else self.teacher(images)
         doubt, _ = region_doubt(class_shares(seen, self.region))  # (B, hc, wc)
         now = doubt_scale(gather_batch(doubt.flatten()), self.target())
-        self.scale.copy_(torch.where(self.scale[1] > 0, self.scale.lerp(now, self.momentum), now))
+        mean = torch.where(self.scale[1] > 0, self.scale.lerp(now, self.momentum), now)
+        # A segmentor that learns doubts less and less: below a floor of before all its regions would have to be coarse.
+        self.scale.copy_(torch.stack((torch.minimum(mean[0], now[0]), mean[1])))
         logits = decision.logits[self.level - 1]
         return self.loss_weight * F.binary_cross_entropy_with_logits(logits, doubt_target(doubt, self.scale))
