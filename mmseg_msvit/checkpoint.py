@@ -10,6 +10,7 @@ from typing import Dict, List, Optional, Tuple
 import torch
 from mmengine.logging import print_log
 from mmengine.runner.checkpoint import load_state_dict
+from mmseg.models.backbones import BEiT, VisionTransformer
 from torch import Tensor, nn
 
 from .layouts import fold_layer_scale, rename, vits_among
@@ -17,6 +18,7 @@ from .reading import read_checkpoint, unwrap
 from .resampling import resample_grid, resample_patch, resample_positions, resample_relative
 
 PATCH_WEIGHT = 'patch_embed.projection.weight'
+MMSEG_BLOCK = 'layers.0.attn.attn.in_proj_weight'
 # What gates and their losses have on the grid of regions.
 REGION_GRIDS = r'(gate|coarser_gates\.\d+)\.pos_embed|gate_losses\.\d+\.prior_\w+'
 # Tensors that a backbone may have of its own; the rest is the library's ViT, which a checkpoint must fit.
@@ -208,10 +210,15 @@ def translate(backbone: nn.Module, tensors: Dict[str, Tensor], prefix: str) -> O
         What was made of it; None where a ViT has its names here, or where there is none.
 
     Raises:
-        ValueError: the ViT is not of the backbone's architecture.
+        ValueError: the ViT is not of the backbone's architecture, or there are several.
     """
     below = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    if _own_block(backbone) in below or not vits_among(below):
+    below = {name: tensor for name, tensor in below.items() if not name.startswith(ADDED)}
+    if MMSEG_BLOCK in below or not vits_among(below):
+        return None
+    own = dict(below)
+    adapt(backbone, own)
+    if not misfits(backbone, own):  # a BEiT, whose names may be mmpretrain's, too
         return None
     fitted, report = fit(backbone, below)
     for name in below:
@@ -220,15 +227,10 @@ def translate(backbone: nn.Module, tensors: Dict[str, Tensor], prefix: str) -> O
     return report
 
 
-def _own_block(backbone: nn.Module) -> str:
-    """The first weight of the first block's attention, by whose name ViTs are told."""
-    return next(name for name in backbone.state_dict() if re.fullmatch(r'layers\.0\.attn\..*weight', name))
-
-
 def with_own_vit(
     model: nn.Module, backbone: nn.Module, tensors: Dict[str, Tensor]
 ) -> Tuple[Dict[str, Tensor], Optional[Report]]:
-    """A model's state dict out of a whole one's or a ViT's alone, of any layout.
+    """A model's state dict out of a whole one's or a ViT's alone, of any layout. The log says what was resampled.
 
     Args:
         model: that has the backbone in it.
@@ -244,15 +246,19 @@ def with_own_vit(
     (name,) = (name for name, module in model.named_modules() if module is backbone)
     own = dict(tensors)
     report = translate(backbone, own, f'{name}.')
-    if report is None and f'{name}.{_own_block(backbone)}' in own:
-        adapt(backbone, own, f'{name}.')
-        refuse(misfits(backbone, own, f'{name}.'))
-    elif report is None:  # a ViT by itself, or in a model that calls it otherwise
-        fitted, report = fit(backbone, tensors)
-        own = {key: tensors[key] for key in model.state_dict() if key in tensors and not key.startswith(f'{name}.')}
-        report.unused = [key for key in report.unused if key not in own]
-        own.update({f'{name}.{key}': tensor for key, tensor in fitted.items()})
-    return own, report
+    if report is not None:
+        return own, report
+    done = adapt(backbone, own, f'{name}.')
+    wrong = misfits(backbone, own, f'{name}.')
+    if not wrong or f'{name}.{MMSEG_BLOCK}' in own:
+        refuse(wrong)
+        for tensor, how in done.items():
+            print_log(f'{name}.{tensor} {how}', logger='current')
+        return own, None
+    fitted, report = fit(backbone, tensors)  # a ViT by itself, or in a model that calls it otherwise
+    own = {key: tensors[key] for key in model.state_dict() if key in tensors and not key.startswith(f'{name}.')}
+    report.unused = [key for key in report.unused if key not in own]
+    return {**own, **{f'{name}.{key}': tensor for key, tensor in fitted.items()}}, report
 
 
 def load_segmentor(model: nn.Module, path: str) -> None:
@@ -278,11 +284,15 @@ def load_segmentor(model: nn.Module, path: str) -> None:
     else:
         needed += parameters
     wrong = misshapen(model, weights)
+    wrong = {name: how for name, how in wrong.items() if not name.startswith('backbone.gate_losses.')}  # they see to it
     wrong.update({name: MISSING for name in needed if name not in weights})
     if wrong:
         lacks = [name for name, how in wrong.items() if how == MISSING and name.startswith('backbone.')]
-        gates = [name for name in lacks if name.startswith(GATES)]
-        advice = '' if not lacks else f'. {WITHOUT_GATE if gates == lacks else OTHER_NAMES}'
+        advice = ''
+        if lacks and all(name.startswith(GATES) for name in lacks):
+            advice = f'. {WITHOUT_GATE}'
+        elif lacks and isinstance(model.backbone, (VisionTransformer, BEiT)):
+            advice = f'. {OTHER_NAMES}'
         raise ValueError(
             f'checkpoint: wanted the weights of this very model, got {"; ".join(_listed(wrong, 4))}{advice}'
         )

@@ -171,8 +171,8 @@ class DoubtLoss(ShareLoss):
     Args:
         teacher: ``dict(config=..., checkpoint=...)``, see :class:`Teacher`; None for the segmentor that is trained, all
             fine: a dense forward more in each step, and a target that is worth what has been learned so far.
-        target_coarse: the share of regions whose target is above one half. The scale of doubts at which that is so is a
-            running mean over the steps, and part of a checkpoint.
+        target_coarse: the share of regions whose target is above one half. How far above the least doubt of a step that
+            is, is a running mean over the steps, and part of a checkpoint.
         target_warmup: see :class:`ShareLoss`.
         momentum: of that mean.
     """
@@ -204,7 +204,7 @@ class DoubtLoss(ShareLoss):
         doubt, _ = region_doubt(class_shares(seen, self.region))  # (B, hc, wc)
         now = doubt_scale(gather_batch(doubt.flatten()), self.target())
         mean = torch.where(self.scale[1] > 0, self.scale.lerp(now, self.momentum), now)
-        # A segmentor that learns doubts less and less: below a floor of before all its regions would have to be coarse.
-        self.scale.copy_(torch.stack((torch.minimum(mean[0], now[0]), mean[1])))
+        # The floor is this step's: a segmentor that learns doubts less and less, and below an old floor all is coarse.
+        self.scale.copy_(torch.stack((now[0], mean[1])))
         logits = decision.logits[self.level - 1]
         return self.loss_weight * F.binary_cross_entropy_with_logits(logits, doubt_target(doubt, self.scale))

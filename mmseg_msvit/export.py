@@ -169,14 +169,18 @@ def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
     normalised = hasattr(pixels, 'mean')
     resize = []
     for step in reader.pipeline.transforms:
-        if isinstance(step, Resize) and step.scale and step.interpolation == 'bilinear':
+        by_cv2 = getattr(step, 'imdecode_backend', getattr(step, 'backend', 'cv2')) == 'cv2'
+        bilinear = getattr(step, 'interpolation', None) in (None, 'bilinear')
+        if isinstance(step, Resize) and step.scale and by_cv2 and bilinear:
             resize.append(dict(scale=step.scale, keep_ratio=step.keep_ratio))
-        elif isinstance(step, ResizeToMultiple) and step.interpolation in (None, 'bilinear'):
+        elif isinstance(step, ResizeToMultiple) and bilinear:
             resize.append(dict(multiple=step.size_divisor))
-        elif not isinstance(step, (LoadImageFromFile, PackSegInputs)):
+        elif isinstance(step, LoadImageFromFile) and by_cv2 and step.color_type == 'color':
+            pass  # what run_onnx.py does
+        elif not isinstance(step, PackSegInputs):
             raise InputError(
-                'CONFIG: wanted a test pipeline of LoadImageFromFile, Resize to a scale and ResizeToMultiple, both '
-                f'bilinear, which a file can tell of, got {type(step).__name__} as it is set there'
+                'CONFIG: wanted a test pipeline of LoadImageFromFile, Resize to a scale and ResizeToMultiple, by cv2 '
+                f'and bilinear, which a file can tell of, got {type(step).__name__} as it is set there'
             )
     if (pixels.test_cfg or {}).get('size') is not None:
         raise InputError(

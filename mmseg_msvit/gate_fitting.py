@@ -41,7 +41,7 @@ def dense_backbone(model: nn.Module, path: str) -> nn.Module:
     """The dense ViT of a segmentor.
 
     Raises:
-        InputError: it has no plain ViT, or one whose gate is not all fine.
+        InputError: it has no plain ViT, or one whose gate, budget or size is not that of all fine tokens.
     """
     backbone = model.backbone
     kind = type(backbone).__name__

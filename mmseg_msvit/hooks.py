@@ -83,11 +83,12 @@ def _add_gate_losses(module, args, kwargs, output):
     data_samples = kwargs['data_samples'] if 'data_samples' in kwargs else args[1]
     backbone = find_msvit(module)
     gate = backbone.pop_gate_losses(data_samples, module)
-    if not gate and backbone.gate_learns and len(backbone.gate_losses):
+    learns = module.training and torch.is_grad_enabled() and backbone.gate_learns and len(backbone.gate_losses)
+    if learns and not gate:
         raise ValueError(
             'GateLossHook wants a forward of the backbone in training mode and with gradients, got none, so that the '
             'gate would learn nothing. Is the backbone in eval mode, or under no_grad? For a gate that stays as it is '
-            'set frozen=True in its config'
+            "set frozen=True in its config; where a tokenize() of one's own asks no gate, gate=dict(type='FixedGate')"
         )
     return {**output, **{f'gate.{name}': value for name, value in gate.items()}}
 

@@ -22,8 +22,10 @@ class TakesWeights:
     def adapt_what_is_loaded(self) -> None:
         """From now on ``load_state_dict`` brings what is of another image size, or without patch bias, to this model.
 
-        A whole model's ViT may have another library's names. Raised is a ValueError where a tensor of the ViT itself is
-        of another shape, with which mmengine alone would go on with a random one, or is not finite.
+        In a whole model's state dict the ViT may have another library's names.
+
+        ``load_state_dict`` then raises a ValueError where a tensor of the ViT has another shape, with which mmengine
+        alone would go on with a random one, or is not finite.
         """
         before_load_state_dict(self, TakesWeights._adapt_loaded)
 
@@ -61,9 +63,9 @@ class TakesWeights:
 
     def _adapt_loaded(self, state_dict: dict, prefix: str, *args) -> None:
         refuse_not_finite(state_dict, prefix)
-        report = translate(self, state_dict, prefix)
+        report = translate(self, state_dict, prefix) if prefix else None
         if report is not None:
-            print_log(f'{prefix or "state_dict"}: {report}', logger='current')
+            print_log(f'{prefix}: {report}', logger='current')
         for name, how in adapt(self, state_dict, prefix).items():
             print_log(f'{prefix}{name} {how}', logger='current')
         shapes = misshapen(self, state_dict, prefix)

@@ -1,5 +1,8 @@
 """BEiT's and MAE's weights: made by the library that owns the format, and compared by its features."""
 
+import re
+from types import SimpleNamespace
+
 import mmseg.models.backbones.beit as mmseg_beit
 import pytest
 import timm
@@ -8,12 +11,12 @@ from conftest import randomize, tiny_segmentor
 from mmengine.config import Config
 from mmengine.runner import Runner, load_checkpoint
 from mmseg.models.backbones import MAE, BEiT
-from mmseg.registry import MODELS
+from mmseg.registry import HOOKS, MODELS
 from scipy.interpolate import RectBivariateSpline
 from timm.models.beit import Beit as TimmBeit
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 
-from mmseg_msvit.checkpoint import fit
+from mmseg_msvit.checkpoint import fit, load_segmentor
 from mmseg_msvit.resampling import resample_relative
 
 pytest.importorskip('transformers')
@@ -86,6 +89,26 @@ def test_mmsegs_own(family, kind, how, tmp_path):
         if kind == 'segmentor':
             assert torch.equal(whole.decode_head.conv_seg.weight, source.decode_head.conv_seg.weight)
     check(model, lambda images: dense(images)[-1], (64, 96))
+
+
+@pytest.mark.parametrize('how', ['load_checkpoint', 'load_segmentor', 'ViTWeightsHook'])
+@pytest.mark.parametrize('family', FAMILIES)
+def test_a_whole_segmentor_by_older_names(family, how, tmp_path):
+    """Of mmclassification, whose norms are norm1 and norm2, and whose attention is named as mmseg's."""
+    options = dict(SMALL, img_size=(64, 96), final_norm=True)
+    source = random(MODELS.build(tiny_segmentor(type=family, **options)))
+    names = {name: re.sub(r'(backbone\.layers\.\d+\.)ln(\d)\.', r'\1norm\2.', name) for name in source.state_dict()}
+    weights = {names[name]: tensor for name, tensor in source.state_dict().items()}
+    path = str(save({'state_dict': weights}, tmp_path / 'a.pth'))
+    whole = MODELS.build(tiny_segmentor(type=f'MS{family}', gate=dict(type='FixedGate', coarse=False), **options))
+    if how == 'ViTWeightsHook':
+        checkpoint = dict(state_dict=weights)
+        HOOKS.build(dict(type=how)).after_load_checkpoint(SimpleNamespace(model=whole), checkpoint)
+        whole.load_state_dict(checkpoint['state_dict'], strict=False)
+    else:
+        (load_checkpoint if how == 'load_checkpoint' else load_segmentor)(whole, path)
+    assert torch.equal(whole.decode_head.conv_seg.weight, source.decode_head.conv_seg.weight)
+    check(whole.backbone.eval(), lambda images: source.backbone(images)[-1], (64, 96))
 
 
 @pytest.mark.parametrize('layout', ['timm', 'shared', 'official'])

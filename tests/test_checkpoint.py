@@ -359,6 +359,14 @@ def test_a_gate_of_another_shape_is_refused(tmp_path):
         load_segmentor(model, str(tmp_path / 'a.pth'))
 
 
+def test_a_segmentor_for_another_image_size_is_loaded_with_its_gate_and_the_memory_of_its_losses(tmp_path):
+    source, model = (MODELS.build(segmentor(gate=dict(type='MLPGate'), img_size=size)) for size in (64, 128))
+    randomize(source)
+    torch.save(source.state_dict(), tmp_path / 'a.pth')
+    load_segmentor(model, str(tmp_path / 'a.pth'))
+    assert torch.equal(model.backbone.gate.last.weight, source.backbone.gate.last.weight)
+
+
 def test_load_from_refuses_a_deeper_segmentor(tmp_path):
     torch.save({'state_dict': MODELS.build(segmentor(num_layers=4)).state_dict()}, tmp_path / 'segmentor.pth')
     with pytest.raises(ValueError, match='layers.3.ln1.weight finds no place'):

@@ -333,6 +333,7 @@ def test_files_are_read_as_the_config_says(steps, config, scenes):
 @pytest.mark.parametrize('step', [
     dict(type='Resize', scale_factor=0.5), dict(type='Resize', scale=(200, 100), interpolation='nearest'),
     dict(type='ResizeShortestEdge', scale=40, max_size=200), dict(type='Pad', size=(128, 128)), dict(type='CLAHE'),
+    dict(type='Resize', scale=(200, 100), backend='pillow'), dict(type='LoadImageFromFile', color_type='unchanged'),
 ])  # fmt: skip
 def test_what_a_file_cannot_tell_of_is_refused(step, config, scenes):
     config.test_dataloader.dataset.pipeline.insert(1, step)

@@ -87,7 +87,7 @@ class Twice(torch.nn.Module):
 
 @pytest.mark.parametrize('how', ['eval', 'no_grad'])
 def test_a_gate_that_would_learn_nothing_is_refused(how, monkeypatch):
-    """As by what people do to keep a ViT as it is."""
+    """Both are ways to keep a ViT as it is."""
     model, (inputs, samples) = segmentor().train(), batch()
     HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model))
     if how == 'eval':
@@ -96,6 +96,9 @@ def test_a_gate_that_would_learn_nothing_is_refused(how, monkeypatch):
         monkeypatch.setattr(model, 'extract_feat', torch.no_grad()(model.extract_feat))
     with pytest.raises(ValueError, match='the gate would learn nothing'):
         model(inputs, samples, mode='loss')
+    with torch.no_grad():
+        model.eval()(inputs, samples, mode='loss')  # a loss of validation
+    model.train()
     model.backbone.requires_grad_(False)
     assert not any('gate' in name for name in model(inputs, samples, mode='loss'))
 
