@@ -136,14 +136,16 @@ def table(contests: dict) -> list:
 
 def markdown(rows: list) -> str:
     """The table for people."""
-    head = '| scales | tokens | encoder MACs | images at | chosen by | mIoU | below dense | of the gap |'
-    lines = [head, '| --- ' * 8 + '|']
+    head = '| scales | tokens | encoder MACs | images at | chosen by | mIoU | below dense | of the gap | seeds |'
+    lines = [head, '| --- ' * 9 + '|']
     for row in rows:
         gap = '' if row['gap'] is None or row['chooser'] in ('dense', 'coarse') else f'{row["gap"]:.0%}'
+        miou, lost = (
+            f'{row[key]:.2f}' + (f' +- {row[f"{key}_std"]:.2f}' if row['runs'] > 1 else '') for key in ('miou', 'lost')
+        )
         lines.append(
             f'| {", ".join(map(str, row["scales"]))} | {row["tokens"]:.0%} | {row["encoder"]:.0%} | {row["size"]:.2f} '
-            f'| {row["chooser"]} '
-            f'| {row["miou"]:.2f} +- {row["miou_std"]:.2f} | {row["lost"]:.2f} +- {row["lost_std"]:.2f} | {gap} |'
+            f'| {row["chooser"]} | {miou} | {lost} | {gap} | {row["runs"]} |'
         )
     return '\n'.join(lines) + '\n'
 
