@@ -40,7 +40,7 @@ def test_builds_and_makes_a_step(name):
     samples = [sample(torch.randint(0, classes, (96, 64))) for _ in range(2)]
     losses = model(torch.randn(2, 3, 96, 64), samples, mode='loss')
     if name in SWAPS:
-        gate = find_msvit(model).pop_gate_losses(samples)
+        gate = find_msvit(model).pop_gate_losses(samples, model)
         assert any('loss' in key for key in gate) != ('frozen-gate' in name)
         losses.update(gate)
     total, _ = model.parse_losses(losses)
