@@ -16,11 +16,11 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .checkpoint import load_segmentor
 from .gate_losses import ShareLoss, gather_batch
 from .inspection import find_msvit, looking_at
 from .selection import Decision
 from .tokens import TokenMap
+from .whole_models import load_segmentor
 
 # Nats: where most regions have no doubt at all, as in labels, it is the least that counts as some.
 LEAST_DOUBT = 1e-3

@@ -10,9 +10,9 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmseg.registry import HOOKS
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from .checkpoint import with_own_vit
 from .inspection import find_msvit
 from .reading import find_weights, unwrap
+from .whole_models import with_own_vit
 
 
 @HOOKS.register_module()

@@ -12,8 +12,8 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.runner.checkpoint import load_state_dict
 from mmseg.registry import MODELS
 
-from mmseg_msvit.checkpoint import load_segmentor
 from mmseg_msvit.inspection import find_msvit
+from mmseg_msvit.whole_models import load_segmentor
 
 PAGES = ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))
 BLOCKS = [block for page in PAGES for block in re.findall(r'```python\n(.*?)```', page.read_text(), re.DOTALL)]
@@ -61,7 +61,7 @@ def test_without_a_config(tmp_path, monkeypatch):
     assert cost['tokens'] < cost['dense_tokens'] == 36 and cost['total'] < cost['dense_total']
 
 
-@pytest.mark.parametrize('how', ['tools', 'mim test'])
+@pytest.mark.parametrize('how', ['tools', 'mmengine'])
 def test_a_trained_segmentor_whose_vit_is_not_mmsegs(how, tmp_path):
     [text] = (block for block in BLOCKS if 'backbone = dict(\n    _delete_=True' in block)
     base = "_base_ = 'mmseg::segmenter/segmenter_vit-s_fcn_8xb1-160k_ade20k-512x512.py'"
