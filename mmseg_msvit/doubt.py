@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .gate_losses import ShareLoss, gather_batch
-from .inspection import find_msvit, looking_at
+from .inspection import as_dense, evaluating
 from .selection import Decision
 from .tokens import TokenMap
 from .whole_models import load_segmentor
@@ -147,17 +147,8 @@ def dense_prediction(segmentor: nn.Module, images: Tensor) -> Tensor:
 
     The segmentor is as it was afterwards, in its mode too, and nobody else learns of this pass.
     """
-    backbone = find_msvit(segmentor)
-    select, size = backbone.select, backbone.input_scale
-    decides = select.threshold, select.token_budget
-    select.threshold, select.token_budget = 1.0, None  # no probability is above it
-    backbone.input_scale = 1.0
-    try:
-        with looking_at(segmentor):
-            return segmentor.encode_decode(images, [dict(img_shape=tuple(images.shape[2:]))] * len(images))
-    finally:
-        select.threshold, select.token_budget = decides
-        backbone.input_scale = size
+    with as_dense(segmentor), evaluating(segmentor):
+        return segmentor.encode_decode(images, [dict(img_shape=tuple(images.shape[2:]))] * len(images))
 
 
 @MODELS.register_module()

@@ -1,11 +1,10 @@
 """One image through a segmentor at any threshold or budget, beside the same model with all tokens."""
 
-from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -13,7 +12,7 @@ from torch import nn
 
 from .command_line import InputError
 from .flops import HeadMacs, image_grid, pass_costs
-from .inspection import find_msvit, look
+from .inspection import as_dense, deciding_by, find_msvit, look
 from .testset import FileReader
 from .timing import timed
 from .visualization import sample_pictures
@@ -30,19 +29,6 @@ class Opened(NamedTuple):
     data: dict  # what the test pipeline made of it
     prediction: np.ndarray  # (H', W') class ids
     milliseconds: float
-
-
-@contextmanager
-def as_dense(model: nn.Module) -> Iterator[None]:
-    """No region is coarse inside the ``with`` block, and images keep their size: the dense model."""
-    backbone = find_msvit(model)
-    select = backbone.select
-    before = select.threshold, select.token_budget, backbone.input_scale
-    select.threshold, select.token_budget, backbone.input_scale = 1.0, None, 1.0
-    try:
-        yield
-    finally:
-        select.threshold, select.token_budget, backbone.input_scale = before
 
 
 class Explorer:
@@ -103,17 +89,13 @@ class Explorer:
         if knob not in KNOBS or not 0 <= value <= 1:
             raise InputError(f'{knob}: wanted a threshold or a budget in [0, 1], got {value:g}')
         opened = self.open(image)
-        select = self.backbone.select
-        before = select.threshold, select.token_budget
         if knob == 'threshold':
-            select.threshold, select.token_budget = value, None
+            decisive = deciding_by(self.model, value)
         else:
-            h, w = image_grid(self.backbone, *opened.data['inputs'].shape[1:])
-            select.token_budget = max(1, value * (h * w + select.prefix))
-        try:
+            select, (h, w) = self.backbone.select, image_grid(self.backbone, *opened.data['inputs'].shape[1:])
+            decisive = deciding_by(self.model, select.threshold, max(1, value * (h * w + select.prefix)))
+        with decisive:
             milliseconds, (sample, tokens, decision) = self._timed(opened.data)
-        finally:
-            select.threshold, select.token_budget = before
         prediction = sample.pred_sem_seg.data[0].cpu().numpy()
         (cost,) = pass_costs(self.backbone, tokens, self.heads)
         names, palette = self.reader.dataset.metainfo['classes'], self.reader.palette

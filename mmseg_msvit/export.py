@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import __version__
 from .command_line import InputError
 from .embedding import mean_weights
-from .inspection import find_msvit, looking_at, record_tokens
+from .inspection import deciding_by, evaluating, find_msvit, record_tokens
 from .testset import FileReader
 
 # The first whose resizing knows all that torch's does is 18, whose pooling is right at a ragged edge 19.
@@ -31,7 +31,7 @@ class Deployed(nn.Module):
     """What the file computes, as a module of two tensors.
 
     Args:
-        model: a segmentor, see :func:`looking_at`.
+        model: a segmentor, see :func:`evaluating`.
         budget: whether the second input is :class:`TokenSelector`'s ``token_budget``, in the place of its threshold.
         classes: whether the first output is a class map, in the place of logits.
     """
@@ -44,14 +44,9 @@ class Deployed(nn.Module):
 
     def forward(self, image: Tensor, knob: Tensor) -> Tuple[Tensor, Tensor]:
         """(B, C, H, W) normalised, and () float32, to (B, K, H, W) or (B, H, W) uint8, and tokens (B,) int64."""
-        select = find_msvit(self.model).select
-        before = select.threshold, select.token_budget
-        select.threshold, select.token_budget = (0.5, knob) if self.budget else (knob, None)
-        try:
-            with record_tokens(self.model) as seen:
-                logits = self.model.encode_decode(image, [dict(img_shape=image.shape[2:])])
-        finally:
-            select.threshold, select.token_budget = before
+        threshold, budget = (0.5, knob) if self.budget else (knob, None)
+        with deciding_by(self.model, threshold, budget), record_tokens(self.model) as seen:
+            logits = self.model.encode_decode(image, [dict(img_shape=image.shape[2:])])
         ((tokens, _),) = seen
         return self._class_map(logits) if self.classes else logits, tokens.active_counts()
 
@@ -108,7 +103,7 @@ def export_onnx(model: nn.Module, budget: bool = False, classes: bool = False) -
     example = torch.randn(2, backbone.in_channels, height, width), torch.tensor(20.0 if budget else 0.5)
     some = torch.export.Dim.DYNAMIC
     try:
-        with looking_at(deployed.model):
+        with evaluating(deployed.model):
             program = torch.export.export(
                 deployed,
                 example,

@@ -1,7 +1,7 @@
 """Looking at the tokens of a running model, from outside."""
 
 from contextlib import contextmanager
-from typing import Dict, Iterator, List, Tuple
+from typing import ContextManager, Dict, Iterator, List, Optional, Tuple, Union
 from weakref import WeakSet
 
 import torch
@@ -46,10 +46,39 @@ def record_tokens(model: nn.Module) -> Iterator[List[Tuple[TokenMap, Decision]]]
 
 
 @contextmanager
-def looking_at(model: nn.Module) -> Iterator[None]:
-    """Evaluation of whole images inside the ``with`` block, unseen by any metric; then the model is as it was.
+def deciding_by(
+    model: nn.Module,
+    threshold: Union[float, Tensor],
+    token_budget: Union[float, Tensor, None] = None,
+    input_scale: Optional[float] = None,
+) -> Iterator[None]:
+    """Inside the ``with`` block the gates decide by these, at test time; then all is as it was.
 
-    Not for the middle of a training step, whose gate losses would be lost.
+    Args:
+        model: a backbone or a segmentor.
+        threshold: of :class:`.TokenSelector`; a tensor is for an export.
+        token_budget: likewise.
+        input_scale: the backbone's; None leaves it.
+    """
+    backbone = find_msvit(model)
+    select = backbone.select
+    before = select.threshold, select.token_budget, backbone.input_scale
+    select.threshold, select.token_budget = threshold, token_budget
+    backbone.input_scale = backbone.input_scale if input_scale is None else input_scale
+    try:
+        yield
+    finally:
+        select.threshold, select.token_budget, backbone.input_scale = before
+
+
+def as_dense(model: nn.Module) -> ContextManager[None]:
+    """Inside the ``with`` block no region is coarse and images keep their size, at test time: the dense model."""
+    return deciding_by(model, 1.0, input_scale=1.0)  # no probability is above it
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation of whole images inside the ``with`` block, unseen by any metric; then the model is as it was.
 
     Args:
         model: a segmentor. Slide inference is off, so that an image is one forward pass.
@@ -69,13 +98,13 @@ def looking_at(model: nn.Module) -> Iterator[None]:
 
 
 def look(model: nn.Module, data: dict) -> Tuple[SegDataSample, TokenMap, Decision]:
-    """What a segmentor makes of one image, in one piece, by :func:`looking_at`, its tokens and the gates' decision.
+    """What a segmentor makes of one image, in one piece, by :func:`evaluating`, its tokens and the gates' decision.
 
     Args:
         model: a segmentor with an MSViT.
         data: what a test pipeline made of the image.
     """
-    with looking_at(model), record_tokens(model) as seen:
+    with evaluating(model), record_tokens(model) as seen:
         (sample,) = model.test_step(pseudo_collate([data]))
     ((tokens, decision),) = seen
     return sample, tokens, decision

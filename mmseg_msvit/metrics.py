@@ -86,7 +86,7 @@ class TokenMetric(BaseMetric):
     inference and all views of test-time augmentation count as the image's. Under a sampler that repeats images to fill
     the last batch, or on several ranks, each image counts once. An evaluation begins where the model is set to
     evaluation mode, as every loop does first: what was left before does not count. Predictions of your own in the
-    middle of one would: make them inside :func:`~mmseg_msvit.inspection.looking_at`.
+    middle of one would: make them inside :func:`~mmseg_msvit.inspection.evaluating`.
 
     Results, for ``tokens`` (cls token included) and ``encoder_gmacs`` (the blocks alone, as the paper counts):
     ``_mean``, ``_p5``, ``_p50``, ``_p95``, and ``_of_dense``, the sum over the sum of the dense ViT's in percent; the

@@ -137,13 +137,14 @@ def test_ade20k_images(shared):
 
 def test_gate_and_priors_have_rates_of_their_own():
     config = load('configs/msvit/upernet_msvit-deit-s16_8xb2-160k_ade20k-512x512.py')
+    config.model.backbone.scales = (16, 32, 64)
     model = revert_sync_batchnorm(MODELS.build(config.model))
     optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
     group = {id(p): g for g in optimizer.param_groups for p in g['params']}
     rate = config.optim_wrapper.optimizer.lr
     for name, parameter in model.named_parameters():
         kind = group[id(parameter)]
-        assert kind['lr'] == pytest.approx(rate * (10 if '.gate' in name else 1)), name
+        assert kind['lr'] == pytest.approx(rate * (10 if '.gate' in name or '.coarser_gates' in name else 1)), name
         if 'gate_losses' in name or 'pos_embed' in name or 'cls_token' in name:
             assert kind['weight_decay'] == 0, name
 

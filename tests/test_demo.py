@@ -14,8 +14,8 @@ from mmseg.registry import MODELS
 from PIL import Image
 
 from mmseg_msvit.command_line import InputError
-from mmseg_msvit.explorer import Explorer, as_dense
-from mmseg_msvit.inspection import look
+from mmseg_msvit.explorer import Explorer
+from mmseg_msvit.inspection import as_dense, look
 from mmseg_msvit.testset import FileReader
 
 

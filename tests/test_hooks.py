@@ -8,7 +8,7 @@ from conftest import SMALL, sample, tiny_segmentor
 from mmengine.config import ConfigDict
 from mmseg.registry import HOOKS, METRICS, MODELS
 
-from mmseg_msvit.inspection import looking_at, record_tokens
+from mmseg_msvit.inspection import evaluating, record_tokens
 from mmseg_msvit.mixed_scale import MixedScale
 
 
@@ -156,7 +156,7 @@ def test_wants_one_msvit():
         HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=torch.nn.Linear(1, 1)))
 
 
-def test_looking_at_a_model_leaves_it_as_it_was_and_chance_to_itself():
+def test_evaluating_a_model_leaves_it_as_it_was_and_chance_to_itself():
     slide = ConfigDict(mode='slide', crop_size=(64, 64), stride=(32, 32))
     model = segmentor(gate=dict(type='RandomGate')).train()
     model.test_cfg = slide
@@ -166,13 +166,13 @@ def test_looking_at_a_model_leaves_it_as_it_was_and_chance_to_itself():
     metric.recorder.begin()  # all metrics of a process share it, those of other tests too
     masks = []
     for _ in range(3):
-        with looking_at(model), record_tokens(model) as seen:
+        with evaluating(model), record_tokens(model) as seen:
             model(torch.randn(1, 3, 128, 128), mode='predict')
         masks.append(seen[0][1].coarse[0])
         assert len(seen) == 1 and seen[0][0].grid == (8, 8)  # the whole image
     assert not all(torch.equal(mask, masks[0]) for mask in masks)
     assert [module.training for module in model.modules()] == modes and model.test_cfg is slide
     assert not metric.recorder.passes
-    with pytest.raises(KeyError), looking_at(model):
+    with pytest.raises(KeyError), evaluating(model):
         raise KeyError
     assert model.training and metric.recorder in MixedScale.observers

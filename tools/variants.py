@@ -97,7 +97,7 @@ def test(config: Config, checkpoint: str, name: str, budget: float, device: str)
     "Dense" has no coarse tokens: within the budget are smaller images.
     """
     model = load_model(config, checkpoint, device)
-    model.backbone.select.threshold = 1.0  # no region is coarse
+    model.backbone.select.threshold, model.backbone.select.token_budget = 1.0, None  # no region is coarse
     examples, windows = over_test_set(model, config)
     results = [replace(dense(model, examples), chooser='fine')]
     kind = name.partition(' + ')[0]

@@ -7,5 +7,7 @@ gate_keys = {
     'cls_token': dict(decay_mult=0.0),
     'backbone.gate.': dict(lr_mult=10.0),
     'backbone.gate.pos_embed': dict(lr_mult=10.0, decay_mult=0.0),
+    'backbone.coarser_gates.': dict(lr_mult=10.0),  # of three scales
+    'backbone.coarser_gates.0.pos_embed': dict(lr_mult=10.0, decay_mult=0.0),
     'backbone.gate_losses.': dict(lr_mult=10.0, decay_mult=0.0),
 }
