@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .gates import CERTAIN, FixedGate
 from .mixed_scale import MixedScale
 from .selection import TokenSelector
-from .tokens import Grid, TokenMap
+from .tokens import Grid, PackedTokens, TokenMap
 
 
 def first_values(config: Config) -> nn.Module:
@@ -59,7 +59,7 @@ def dense_forward(backbone: MixedScale, images: Tensor) -> tuple:
         images: (B, C, H, W), multiples of a patch.
 
     Returns:
-        What the backbone returns: (B, embed_dims, h, w) for each output.
+        (B, embed_dims, h, w), or :class:`.PackedTokens`, for each output: what the backbone returns, without cls.
     """
     embed, (h, w) = backbone.patch_embed, (n // backbone.patch_size for n in images.shape[2:])
     tokens = all_fine(backbone, len(images), (h, w), images.device)
@@ -73,12 +73,10 @@ def dense_forward(backbone: MixedScale, images: Tensor) -> tuple:
     x = torch.cat((prefix.expand(len(x), -1, -1), x), 1).flatten(0, 1)  # (N, C)
     x = backbone.drop_after_pos(x)
     x = backbone.pre_ln(x) if backbone.pre_norm else x
-    outputs, places = [], backbone.places(tokens)
-    for i, layer in enumerate(backbone.layers):
-        x = layer(x, tokens, places)
-        if i == len(backbone.layers) - 1 and backbone.final_norm:
-            x = backbone.norm1(x)
-        if i in backbone.out_indices:
-            cells = x.unflatten(0, (len(images), -1))[:, tokens.prefix :]
-            outputs.append(cells.mT.unflatten(2, (h, w)).contiguous())  # (B, C, h, w)
-    return tuple(outputs)
+
+    def output(number: int, x: Tensor, tokens: TokenMap):
+        if backbone.out_types[number] == 'tokens':
+            return PackedTokens(x, tokens)
+        return x.unflatten(0, (len(images), -1))[:, tokens.prefix :].mT.unflatten(2, (h, w)).contiguous()
+
+    return tuple(backbone.encode(x, tokens, output))

@@ -113,7 +113,6 @@ class Teacher:
         """The one teacher that the losses of all levels ask, so that a step asks it once."""
         return cls._known.setdefault((str(config), checkpoint), cls(config, checkpoint))
 
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Normalised images (B, C, H, W) to class logits (B, K, H, W)."""
         if images not in self.answers:
@@ -121,7 +120,8 @@ class Teacher:
                 self.model = self._build()
             self.model.to(images.device)
             metas = [dict(img_shape=tuple(images.shape[2:]))] * len(images)
-            self.answers[images] = self.model.encode_decode(images, metas)
+            with evaluating(self.model):
+                self.answers[images] = self.model.encode_decode(images, metas)
         return self.answers[images]
 
     def _build(self) -> nn.Module:
@@ -129,10 +129,7 @@ class Teacher:
         config.model.pretrained = None
         model = revert_sync_batchnorm(MODELS.build(config.model))
         load_segmentor(model, self.checkpoint)
-        for module in model.modules():
-            if hasattr(module, 'observers'):
-                module.observers = ()  # metrics count what the pupil does
-        return model.eval().requires_grad_(False)
+        return model.requires_grad_(False)
 
     def __deepcopy__(self, memo: dict) -> 'Teacher':
         return self
@@ -161,7 +158,7 @@ class DoubtLoss(ShareLoss):
 
     Args:
         teacher: ``dict(config=..., checkpoint=...)``, see :class:`Teacher`; None for the segmentor that is trained, all
-            fine: a dense forward more in each step, and a target that is worth what has been learned so far.
+            fine: for each coarse level a dense forward more, and a target that is worth what has been learned so far.
         target_coarse: the share of regions whose target is above one half. How far above the least doubt of a step that
             is, is a running mean over the steps, and part of a checkpoint.
         target_warmup: see :class:`ShareLoss`.

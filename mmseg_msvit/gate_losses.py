@@ -75,7 +75,7 @@ class GateLoss(BaseModule):
         loss_name: its key in the log is ``gate.`` and this name, which must contain "loss" to be counted; None for the
             class's own.
         level: which coarse level's logits it sees, 1 for the finest; from 2 on the name ends with ``_2`` and so on.
-        warmup: training steps over which its factor grows linearly from 0 to ``loss_weight``. They are counted in a
+        warmup: training forwards over which its factor grows linearly from 0 to ``loss_weight``. They are counted in a
             buffer, and go on where training is resumed.
     """
 
@@ -110,15 +110,17 @@ class GateLoss(BaseModule):
             self.count_steps()
 
     def count_steps(self) -> None:
-        """Has training steps counted in ``steps``; float, since hooks average it with the weights."""
+        """Has training forwards counted in ``steps``; float, since hooks average it with the weights."""
         self.register_buffer('steps', torch.zeros(()))
 
-    def take_step(self) -> Union[float, Tensor]:
-        """The factor of the warm-up in this training step, which is counted."""
-        factor = (self.steps / self.warmup).clamp(max=1) if self.warmup else 1.0
+    def take_step(self, *args, **kwargs) -> Tensor:
+        """:meth:`of_step` by the factor of the warm-up; then this forward is counted."""
+        loss = self.of_step(*args, **kwargs)
+        if self.warmup:
+            loss = loss * (self.steps / self.warmup).clamp(max=1)
         if hasattr(self, 'steps'):
             self.steps += 1
-        return factor
+        return loss
 
     def of_step(self, decision: Decision, tokens: TokenMap, data_samples: Sequence, images: Tensor) -> Tensor:
         """The loss of a training forward of images (B, C, H, W). One that sees more than logits overrides this."""
@@ -134,8 +136,8 @@ class ShareLoss(GateLoss):
 
     Args:
         target_coarse: the wanted share.
-        target_warmup: training steps over which it grows linearly to that, from 0: a training that begins dense. The
-            gate should then begin so too, by a small ``init_coarse``. They are counted in a buffer, as ``warmup`` is.
+        target_warmup: training forwards over which it grows linearly to that, from 0: a training that begins dense.
+            The gate should then begin so too, by a small ``init_coarse``. They are counted as those of ``warmup`` are.
     """
 
     def __init__(self, target_coarse: float = 0.5, target_warmup: int = 0, **kwargs):

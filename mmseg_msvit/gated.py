@@ -111,7 +111,7 @@ class Gated:
                         'step: which images the labels belong to is not known. Use a gate loss without labels'
                     )
                 more = dict(segmentor=segmentor) if loss.asks_segmentor else {}
-                value = loss.take_step() * loss.of_step(decision, tokens, data_samples, images, **more)
+                value = loss.take_step(decision, tokens, data_samples, images, **more)
                 found.setdefault(loss.loss_name, []).append(value)
             for name, value in decision.statistics().items():
                 found.setdefault(name, []).append(value)

@@ -7,7 +7,7 @@ dense grid.
 
 import os
 from functools import partial
-from typing import ClassVar, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Callable, ClassVar, Dict, List, Optional, Sequence, Tuple, Union
 from weakref import WeakSet
 
 import torch
@@ -178,8 +178,15 @@ class MixedScale(Gated, TakesWeights):
         x = self.embed(images, tokens)  # (N, C)
         if self.out_details is None:
             del images  # padded or smaller ones take more memory than the tokens
-        outputs = [self._output(0, x, tokens)] if self.out_origin else []
-        whole, places = tokens, self.places(tokens)
+        outputs = self.encode(x, tokens, self._output)
+        if self.out_details is None:
+            return tuple(outputs)
+        return add_out_detail(outputs, images, tokens, self.patch_size, self.patch_embed, self.out_details)
+
+    def encode(self, x: Tensor, tokens: TokenMap, output: Callable) -> list:
+        """Tokens (N, C) through the blocks: what ``output(number, x, tokens)`` makes of each that is put out."""
+        outputs = [output(0, x, tokens)] if self.out_origin else []
+        places = self.places(tokens)
         for i, layer in enumerate(self.layers):
             if self.with_cp and x.requires_grad:
                 x = checkpoint(layer, x, tokens, places, use_reentrant=False)
@@ -190,13 +197,11 @@ class MixedScale(Gated, TakesWeights):
                 x = self.norm1(x)
             if i in self.out_indices:
                 normed = self.norm1(x) if self.norm_outputs and not last else x
-                outputs.append(self._output(len(outputs), normed, tokens))
+                outputs.append(output(len(outputs), normed, tokens))
             x, reduced = self.between(i, x, tokens)
             if reduced is not tokens:
                 tokens, places = reduced, self.places(reduced)
-        if self.out_details is None:
-            return tuple(outputs)
-        return add_out_detail(outputs, images, whole, self.patch_size, self.patch_embed, self.out_details)
+        return outputs
 
     def tokenize(self, images: Tensor) -> Tuple[Tensor, TokenMap, Optional[Decision]]:
         """Images (B, C, H, W) to the same, padded to whole regions, their tokens, and what the gates said, if any did.

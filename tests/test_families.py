@@ -8,9 +8,11 @@ from conftest import randomize, use_plain_attention
 from mmseg.registry import MODELS
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmseg_msvit.baselines import dense_forward
 from mmseg_msvit.blocks import block_of
 from mmseg_msvit.flops import dense_macs
-from mmseg_msvit.tokens import region_grid
+from mmseg_msvit.inspection import as_dense
+from mmseg_msvit.tokens import PackedTokens, region_grid
 
 SMALL = dict(img_size=(64, 96), embed_dims=32, num_layers=2, num_heads=2, out_indices=(0, 1), final_norm=True)
 FAMILIES = {
@@ -68,6 +70,19 @@ def test_training_output_is_the_packed_test_output(family, levels, mode, monkeyp
     assert tokens[0].masked == (mode != 'active') and set(tokens[0].level.tolist()) >= set(range(levels + 1))
     for a, b in zip(outputs, wanted, strict=True):
         assert a.shape == (2, 32, 5, 7)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('more', [{}, dict(norm_outputs=True), dict(out_type=('grid', 'tokens'))])
+def test_the_dense_form_is_the_model_all_fine(family, more):
+    if 'norm_outputs' in more and family['type'] != 'MSViT':
+        pytest.skip('an option of MSViT')
+    model = build(family, **more)
+    images = torch.randn(2, 3, 5 * model.patch_size, 7 * model.patch_size)
+    with torch.no_grad(), as_dense(model):
+        outputs, wanted = dense_forward(model, images), model(images)
+    for a, b in zip(outputs, wanted, strict=True):
+        a, b = (x.x if isinstance(x, PackedTokens) else x for x in (a, b))
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
