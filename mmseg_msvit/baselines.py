@@ -48,7 +48,7 @@ def fix_all_fine(backbone: MixedScale) -> None:
 def all_fine(backbone: MixedScale, images: int, grid: Grid, device: torch.device) -> TokenMap:
     """The map of so many images of (h, w) cells whose tokens are all fine."""
     gates = [lambda regions, left: torch.full((images, *regions), -CERTAIN, device=device) for _ in backbone.scales[1:]]
-    return TokenSelector(backbone.sides, 'active', 1.0, 0.5, backbone.select.prefix).eval()(gates, grid)[0]
+    return TokenSelector(backbone.sides, prefix=backbone.select.prefix).eval()(gates, grid)[0]
 
 
 def dense_forward(backbone: MixedScale, images: Tensor) -> tuple:

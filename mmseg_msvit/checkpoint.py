@@ -16,8 +16,9 @@ from .resampling import resample_grid, resample_patch, resample_positions, resam
 PATCH_WEIGHT = 'patch_embed.projection.weight'
 # What gates and their losses have on the grid of regions.
 REGION_GRIDS = r'(gate|coarser_gates\.\d+)\.pos_embed|gate_losses\.\d+\.prior_\w+'
+GATES = ('gate.', 'coarser_gates.')
 # Tensors that a backbone may have of its own; the rest is the library's ViT, which a checkpoint must fit.
-ADDED = ('gate.', 'coarser_gates.', 'gate_losses.', 'coarse_detail.', 'coarser_details.', 'out_details.')
+ADDED = (*GATES, 'gate_losses.', 'coarse_detail.', 'coarser_details.', 'out_details.')
 # A tensor that a source has there and that finds no place changes every feature.
 INNER = ('patch_embed.', 'pos_embed', 'register_tokens', 'ln_pre.', 'layers.')
 # What a backbone needs besides weights.

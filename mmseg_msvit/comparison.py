@@ -10,7 +10,7 @@ from mmseg.evaluation import IoUMetric
 from rich.progress import track
 from torch import Tensor, nn
 
-from .dense_pass import Example
+from .dense_pass import Example, evenly
 from .flops import add_up, pass_costs
 from .inspection import record_tokens
 from .purity import IGNORE_INDEX
@@ -28,20 +28,10 @@ def predict(model: nn.Module, examples: Sequence[Example], title: str) -> Iterat
         yield example, sample.pred_sem_seg.data[0].cpu(), costs
 
 
-def spread(examples: Sequence[Example], limit: int) -> List[Example]:
-    """At most so many, evenly spread over all."""
-    chosen = np.linspace(0, len(examples) - 1, min(limit, len(examples))).round().astype(int)
-    return [examples[i] for i in chosen]
-
-
-def areas_of(prediction: Tensor, truth: Tensor, classes: int) -> tuple:
-    """Pixels of each class in the intersection and in the union, (K,) each."""
-    return IoUMetric.intersect_and_union(prediction.long(), truth.long(), classes, IGNORE_INDEX)[:2]
-
-
 def label_areas(prediction: Tensor, example: Example, classes: int) -> tuple:
-    """:func:`areas_of` a prediction against an example's labels."""
-    return areas_of(prediction, torch.from_numpy(example.labels.astype(np.int64)), classes)
+    """Pixels of each class in the intersection of a prediction and an example's labels, and in the union, (K,) each."""
+    truth = torch.from_numpy(example.labels.astype(np.int64))
+    return IoUMetric.intersect_and_union(prediction.long(), truth, classes, IGNORE_INDEX)[:2]
 
 
 def mean_iou(areas: Sequence[tuple]) -> float:
@@ -61,7 +51,7 @@ def compare(model: nn.Module, examples: List[Example]) -> List[dict]:
         A row for each: ``name``, and means of an image: ``tokens``, ``gmacs`` of the backbone, ``agreement`` with the
         dense model in percent of the pixels, and ``miou`` where each image has labels, else None.
     """
-    chosen = spread(examples, CHECKED)
+    chosen = evenly(examples, CHECKED)
     classes, right, costs, areas = model.num_classes, [], [], {'dense': [], 'converted': []}
     for example, prediction, cost in predict(model, chosen, 'converted'):
         costs.append(cost)

@@ -83,8 +83,13 @@ def find_images(config: Config, folder: Optional[Path], limit: int) -> Tuple[Lis
         truths = [Path(info['seg_map_path']) if info.get('seg_map_path') else None for info in infos]
     if not images:
         raise InputError(f'CONFIG: wanted images in the training set of {config.filename}, got none')
-    chosen = np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(int)
-    return [images[i] for i in chosen], [truths[i] if truths[i] and truths[i].is_file() else None for i in chosen]
+    images, truths = evenly(images, limit), evenly(truths, limit)
+    return images, [truth if truth and truth.is_file() else None for truth in truths]
+
+
+def evenly(items: Sequence, limit: int) -> list:
+    """At most so many, evenly spread over all."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(limit, len(items))).round().astype(int)]
 
 
 def find_test_images(config: Config) -> Tuple[List[Path], List[Path]]:

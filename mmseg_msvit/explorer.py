@@ -11,10 +11,11 @@ import numpy as np
 from torch import nn
 
 from .command_line import InputError
-from .flops import HeadMacs, image_grid, pass_costs
+from .flops import HeadMacs, pass_costs
 from .inspection import as_dense, deciding_by, find_msvit, look
 from .testset import FileReader
 from .timing import timed
+from .tokens import region_grid
 from .visualization import sample_pictures
 
 # Larger images are reduced: a look should take no longer than a hand at a slider waits.
@@ -92,7 +93,8 @@ class Explorer:
         if knob == 'threshold':
             decisive = deciding_by(self.model, value)
         else:
-            select, (h, w) = self.backbone.select, image_grid(self.backbone, *opened.data['inputs'].shape[1:])
+            select = self.backbone.select
+            h, w = region_grid(opened.data['inputs'].shape[1:], self.backbone.patch_size)
             decisive = deciding_by(self.model, select.threshold, max(1, value * (h * w + select.prefix)))
         with decisive:
             milliseconds, (sample, tokens, decision) = self._timed(opened.data)

@@ -90,7 +90,7 @@ class HeadMacs:
         self.backbone = model.backbone
         self.neck = deepcopy(model.neck).to('meta').eval() if model.with_neck else None
         heads = head if isinstance(head, nn.ModuleList) else [head]
-        self.heads = [one if hasattr(one, 'macs') else deepcopy(one).to('meta').eval() for one in heads]
+        self.heads = [head if hasattr(head, 'macs') else deepcopy(head).to('meta').eval() for head in heads]
         self.known: Dict[Grid, Dict[str, int]] = {}
 
     def __call__(self, grid: Grid, tokens: Optional[int] = None) -> Dict[str, int]:
@@ -122,11 +122,6 @@ class HeadMacs:
                 found['head'] += operator_macs(head, features, *before)
                 before = (head(features, *before),) if len(self.heads) > 1 else ()
         return found
-
-
-def image_grid(backbone: nn.Module, height: int, width: int) -> Grid:
-    """(h, w), the cells of an image of (height, width) pixels."""
-    return -(-height // backbone.patch_size), -(-width // backbone.patch_size)
 
 
 def cost(
@@ -212,7 +207,7 @@ def inference_cost(model: nn.Module, heads: HeadMacs, data: dict) -> Dict[str, i
         if isinstance(backbone, MixedScale):
             passes.extend(pass_costs(backbone, backbone.tokenize(inputs)[1], heads))
         else:
-            passes.append(dense_cost(backbone, image_grid(backbone, *inputs.shape[2:]), heads))
+            passes.append(dense_cost(backbone, region_grid(inputs.shape[2:], backbone.patch_size), heads))
         return inputs.new_zeros(len(inputs), model.out_channels, *inputs.shape[2:])
 
     model.encode_decode = encode_decode
@@ -237,7 +232,5 @@ def share_cost(backbone: MixedScale, heads: HeadMacs, grid: Grid, share: float) 
     for side in backbone.sides[1:]:  # on a blank image of a pixel a cell they choose by place
         image = torch.zeros(1, 1, *(regions * side for regions in region_grid(grid, side)))
         gates.append(partial(VarianceGate(1, side, coarse_ratio=share), image))
-    tokens, _ = TokenSelector(backbone.sides, 'active', 1.0, 0.5, backbone.select.prefix).eval()(
-        gates, grid, dense_grid
-    )
+    tokens, _ = TokenSelector(backbone.sides, prefix=backbone.select.prefix).eval()(gates, grid, dense_grid)
     return pass_costs(backbone, tokens, heads)[0]

@@ -26,11 +26,12 @@ from .gates import FixedGate
 from .mixed_scale import MixedScale
 from .selection import TokenSelector
 from .tokens import Grid
+from .whole_models import OF_GATES
 
 # The mixed-scale backbone that takes over a dense one's weights, by the dense one's class.
 STANDS_IN = {'VisionTransformer': 'MSViT', 'BEiT': 'MSBEiT', 'MAE': 'MSMAE'}
 STANDS_IN.update({kind: kind for kind in STANDS_IN.values()})
-GATES = dict(context='ContextGate', mlp='MLPGate')
+KINDS = dict(context='ContextGate', mlp='MLPGate')
 # Images smaller than this lost more than coarser regions did, at the two budgets where it was tried.
 SMALLEST = 0.85
 BATCH = 8
@@ -199,7 +200,7 @@ def threshold_within(
     groups = {grid: [torch.cat(level) for level in zip(*group)] for grid, group in found.items()}
 
     def share(threshold: float) -> float:
-        select, tokens = TokenSelector(backbone.sides, 'active', 1.0, threshold, prefix).eval(), 0
+        select, tokens = TokenSelector(backbone.sides, threshold=threshold, prefix=prefix).eval(), 0
         for grid, levels in groups.items():
             gates = [lambda regions, left, answer=answer: answer for answer in levels]
             tokens += sum(select(gates, grid)[0].lengths)
@@ -225,7 +226,7 @@ def convert(config: Config, dense: nn.Module, gate: str, scales: Sequence[int]) 
     Args:
         config: of the dense segmentor.
         dense: that segmentor.
-        gate: one of ``GATES``.
+        gate: one of ``KINDS``.
         scales: pixels along a token's side.
 
     Returns:
@@ -238,7 +239,7 @@ def convert(config: Config, dense: nn.Module, gate: str, scales: Sequence[int]) 
     changes = dict(type=STANDS_IN[type(dense.backbone).__name__], scales=tuple(scales))
     if changes['type'] == 'MSViT' and not isinstance(dense.backbone, MixedScale):
         changes['patch_bias'] = dense.backbone.patch_embed.projection.bias is not None
-    changes['gate'] = dict(type=GATES[gate], frozen=True)
+    changes['gate'] = dict(type=KINDS[gate], frozen=True)
     if 'out_detail' not in own and 'tokens' not in own.get('out_type', ()):  # neither the one, nor in a list
         changes['out_detail'] = 'smooth'
     kept = {name: value for name, value in own.items() if name not in ('gate', *changes)}
@@ -247,8 +248,7 @@ def convert(config: Config, dense: nn.Module, gate: str, scales: Sequence[int]) 
     except ValueError as error:
         raise InputError(f'--scales: {error}') from error
     loaded = model.load_state_dict(dense.state_dict(), strict=False)
-    added = ('backbone.gate.', 'backbone.coarser_gates.')
-    assert not loaded.unexpected_keys and all(name.startswith(added) for name in loaded.missing_keys), loaded
+    assert not loaded.unexpected_keys and all(name.startswith(OF_GATES) for name in loaded.missing_keys), loaded
     return model.to(next(dense.parameters()).device).eval(), changes
 
 

@@ -16,6 +16,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from .distributions import beta_cdf, normal_cdf, relaxed_bernoulli_cdf
+from .resampling import resample_grid
 from .selection import Decision
 from .tokens import TokenMap
 from .versions import before_load_state_dict
@@ -215,7 +216,7 @@ class GeneralizedBatchShapingLoss(ShareLoss):
         m = gather_batch(logits.sigmoid())  # (n, hc, wc), of all ranks
         means = self.prior_mean_logit.sigmoid()
         temperatures = self.prior_log_temperature.exp()
-        mean, temperature = (self._at(prior, m.shape[1:]) for prior in (means, temperatures))  # (hc * wc,)
+        mean, temperature = (resample_grid(prior, m.shape[1:]).flatten() for prior in (means, temperatures))
         present = torch.cat((torch.ones_like(m[:, 0, 0]), self.memory[:, 0, 0])) >= 0  # (n + memory_size,)
         # The mean below is over all values: the live ones get back what their share of it takes from their gradient.
         scaled = m + (m - m.detach()) * (present.sum() / len(m) - 1)
@@ -239,12 +240,6 @@ class GeneralizedBatchShapingLoss(ShareLoss):
         if not len(maps):
             return maps.new_empty(0, *grid)
         return F.interpolate(maps[None], size=tuple(grid), mode='nearest-exact')[0]
-
-    @staticmethod
-    def _at(prior: Tensor, grid: Tuple[int, int]) -> Tensor:
-        if prior.shape[2:] != grid:
-            prior = F.interpolate(prior, size=tuple(grid), mode='bilinear', align_corners=False)
-        return prior.flatten()
 
 
 @MODELS.register_module()

@@ -14,7 +14,7 @@ from mmengine.dataset import BaseDataset
 from torch import nn
 
 from .command_line import InputError
-from .inspection import coarse_by_purity, coarse_regions, find_msvit, look, seen_size
+from .inspection import coarse_regions, find_msvit, look, seen_size
 from .metrics import summarize
 from .purity import IGNORE_INDEX, region_purity
 from .testset import walk
@@ -22,6 +22,8 @@ from .visualization import sample_figure, to_rgb
 
 # Bins of purity: the share of a region's commonest class.
 BINS = np.linspace(0.3, 1.0, 8)
+# Of a uniform region's labelled pixels, at least this share is of one class; the others are mixed.
+UNIFORM = 0.95
 SHOWN = 3
 
 
@@ -41,7 +43,7 @@ class Analysis:
         self.classes, self.palette = list(dataset.metainfo['classes']), dataset.metainfo['palette']
         if len(self.classes) > IGNORE_INDEX:
             raise InputError(f'test set: wanted at most {IGNORE_INDEX} classes, got {len(self.classes)}')
-        self.regions = Counter()  # of coarse_by_purity
+        self.regions = Counter()  # uniform and mixed ones, and how many of each are coarse
         self.pixels = np.zeros((2, 2, len(self.classes)), int)  # fine or coarse, wrong or right, class of the truth
         self.by_purity = np.zeros((2, len(BINS) - 1), int)  # fine or coarse, bin
         self.cells = np.zeros(len(self.backbone.scales), int)  # by the level of their token
@@ -67,9 +69,10 @@ class Analysis:
         truth, prediction = fit(sample.gt_sem_seg.data), fit(sample.pred_sem_seg.data)
         coarse = coarse_regions(self.backbone, tokens).cpu()  # (1, hc, wc)
         labels = torch.from_numpy(truth)[None].long()
-        self.regions.update(coarse_by_purity(coarse, labels, region))
         share, labelled = (t.numpy() for t in region_purity(labels, coarse.shape[1:], region))
         coarse = coarse.numpy()
+        for kind, chosen in (('uniform', labelled & (share >= UNIFORM)), ('mixed', labelled & (share < UNIFORM))):
+            self.regions.update({kind: chosen.sum(), f'{kind}_coarse': (chosen & coarse).sum()})
         for kind in (0, 1):
             chosen = share[labelled & (coarse == kind)]
             self.by_purity[kind] += np.histogram(chosen.clip(BINS[0]), BINS)[0]

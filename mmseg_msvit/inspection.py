@@ -1,7 +1,7 @@
 """Looking at the tokens of a running model, from outside."""
 
 from contextlib import contextmanager
-from typing import ContextManager, Dict, Iterator, List, Optional, Tuple, Union
+from typing import ContextManager, Iterator, List, Optional, Tuple, Union
 from weakref import WeakSet
 
 import torch
@@ -11,7 +11,6 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from .mixed_scale import MixedScale
-from .purity import region_purity
 from .selection import Decision
 from .tokens import TokenMap
 
@@ -130,25 +129,3 @@ def coarse_regions(backbone: MixedScale, tokens: TokenMap) -> Tensor:
     """(B, hc, wc) bool, which regions of the finest coarse level have no fine tokens."""
     side = backbone.sides[1]
     return tokens.levels()[:, ::side, ::side] > 0
-
-
-def coarse_by_purity(coarse: Tensor, labels: Tensor, region: int, purity: float = 0.95) -> Dict[str, int]:
-    """Counts regions, and coarse ones among them, by whether their labelled pixels are of one class.
-
-    Args:
-        coarse: (B, hc, wc) bool.
-        labels: (B, H, W) ground truth at the size of the images that the backbone saw.
-        region: pixels along a region's side.
-        purity: a region is uniform if at least this share of its labelled pixels is of one class, else mixed.
-
-    Returns:
-        ``uniform``, ``uniform_coarse``, ``mixed`` and ``mixed_coarse``; regions without labels count nowhere.
-    """
-    share, labelled = region_purity(labels, coarse.shape[1:], region)
-    uniform, mixed = labelled & (share >= purity), labelled & (share < purity)
-    return dict(
-        uniform=int(uniform.sum()),
-        uniform_coarse=int((uniform & coarse).sum()),
-        mixed=int(mixed.sum()),
-        mixed_coarse=int((mixed & coarse).sum()),
-    )

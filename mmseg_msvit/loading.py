@@ -21,7 +21,7 @@ from .reading import read_checkpoint, tensors_below
 from .resampling import source_grid
 
 # A tensor of a gate -> its class.
-GATES = {'gate.embed.weight': 'MLPGate', 'gate.patch.weight': 'ContextGate'}
+GATE_OF = {'gate.embed.weight': 'MLPGate', 'gate.patch.weight': 'ContextGate'}
 # Up to this width, and in DINOv2-g, heads are 64 wide; of wider ViTs each has its own.
 HEAD_DIMS, LARGEST, DINOV2_G = 64, 1024, 1536
 
@@ -95,7 +95,7 @@ def _of_all(tensors: Dict[str, Tensor], given: dict) -> dict:
         raise ValueError(f'checkpoint: wanted an embedding of square patches (C, channels, p, p), got {shape}')
     dims, channels, patch, _ = shape
     levels = _count(tensors, 'coarser_gates') + 1
-    kind = next((kind for name, kind in GATES.items() if name in tensors), 'VarianceGate')
+    kind = next((kind for name, kind in GATE_OF.items() if name in tensors), 'VarianceGate')
     return dict(
         patch_size=patch,
         in_channels=channels,

@@ -6,6 +6,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmseg.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
+from .checkpoint import GATES
 from .inspection import find_msvit
 from .mixed_scale import MixedScale
 
@@ -60,7 +61,7 @@ class MSViTLayerDecayConstructor(DefaultOptimWrapperConstructor):
     def _scale(self, backbone: MixedScale, name: str) -> float:
         """What a parameter of the backbone has of the rate."""
         layers = len(backbone.layers)
-        if name.startswith(('gate.', 'coarser_gates.', 'gate_losses.')):
+        if name.startswith((*GATES, 'gate_losses.')):
             return self.gate_lr_mult
         if name.startswith('layers.'):
             return self.layer_decay ** (layers - int(name.split('.')[1]))

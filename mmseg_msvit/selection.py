@@ -108,10 +108,10 @@ class TokenSelector(nn.Module):
     def __init__(
         self,
         sides: Sequence[int],
-        train_tokens: str,
-        temperature: float,
-        threshold: float,
-        prefix: int,
+        train_tokens: str = 'active',
+        temperature: float = 1.0,
+        threshold: float = 0.5,
+        prefix: int = 0,
         token_budget: Optional[float] = None,
     ):
         super().__init__()

@@ -13,11 +13,12 @@ from rich.progress import track
 from torch import nn
 
 from .command_line import InputError
-from .flops import PLAIN_VITS, HeadMacs, add_up, dense_cost, image_grid, pass_costs
+from .flops import PLAIN_VITS, HeadMacs, add_up, dense_cost, pass_costs
 from .inspection import find_msvit, record_tokens
 from .mixed_scale import MixedScale
 from .testset import load_config, load_model, load_testset
 from .timing import timed
+from .tokens import region_grid
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Variant:
     def _run_dense(self, data: dict) -> tuple:
         backbone, grids = self.model.backbone, []
         handle = backbone.register_forward_pre_hook(
-            lambda module, args: grids.append(image_grid(backbone, *args[0].shape[2:]))
+            lambda module, args: grids.append(region_grid(args[0].shape[2:], backbone.patch_size))
         )
         try:
             seconds, result = self._timed(data)

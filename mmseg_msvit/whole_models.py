@@ -7,12 +7,12 @@ from mmengine.runner.checkpoint import load_state_dict
 from mmseg.models.backbones import BEiT, VisionTransformer
 from torch import Tensor, nn
 
-from .checkpoint import ADDED, MISSING, Report, adapt, fit, listed, misfits, misshapen, refuse, refuse_not_finite
+from .checkpoint import ADDED, GATES, MISSING, Report, adapt, fit, listed, misfits, misshapen, refuse, refuse_not_finite
 from .layouts import vits_among
 from .reading import read_checkpoint, unwrap
 
 MMSEG_BLOCK = 'layers.0.attn.attn.in_proj_weight'
-GATES = ('backbone.gate.', 'backbone.coarser_gates.')
+OF_GATES = tuple(f'backbone.{name}' for name in GATES)
 WITHOUT_GATE = "The weights of a dense model want gate=dict(type='FixedGate')"
 OTHER_NAMES = "An MSViT with gate=dict(type='FixedGate') takes a ViT that another library has named"
 
@@ -99,7 +99,7 @@ def load_segmentor(model: nn.Module, path: str) -> None:
         weights, report = with_own_vit(model, model.backbone, weights)
         if report is not None:
             print_log(f'{path}: {report}', logger='current')
-        needed += [name for name in parameters if name.startswith(GATES)]
+        needed += [name for name in parameters if name.startswith(OF_GATES)]
     else:
         needed += parameters
     wrong = misshapen(model, weights)
@@ -108,7 +108,7 @@ def load_segmentor(model: nn.Module, path: str) -> None:
     if wrong:
         lacks = [name for name, how in wrong.items() if how == MISSING and name.startswith('backbone.')]
         advice = ''
-        if lacks and all(name.startswith(GATES) for name in lacks):
+        if lacks and all(name.startswith(OF_GATES) for name in lacks):
             advice = f'. {WITHOUT_GATE}'
         elif lacks and isinstance(model.backbone, (VisionTransformer, BEiT)):
             advice = f'. {OTHER_NAMES}'

@@ -5,8 +5,9 @@ from mmseg.models.backbones import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmseg_msvit.flops import dense_macs, encoder_macs, image_grid, operator_macs, pass_costs, share_cost
+from mmseg_msvit.flops import dense_macs, encoder_macs, operator_macs, pass_costs, share_cost
 from mmseg_msvit.inspection import record_tokens
+from mmseg_msvit.tokens import region_grid
 
 
 def counted(function):
@@ -70,5 +71,5 @@ def test_the_cost_of_a_shape_is_that_of_such_an_image(size):
     with torch.no_grad(), record_tokens(model) as seen:
         model(torch.randn(1, 3, 90, 130))
     (wanted,) = pass_costs(model, seen[0][0])
-    found = share_cost(model, None, image_grid(model, 90, 130), 0.0)
+    found = share_cost(model, None, region_grid((90, 130), 16), 0.0)
     assert found == wanted and found['dense_tokens'] == 1 + 6 * 9

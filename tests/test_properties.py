@@ -104,7 +104,7 @@ def test_tokens_are_those_of_the_regions_and_cover_each_cell_once(
 ):
     grid = region_grid(size, patch)
     logits = [3 * random(images, *region_grid(grid, side), seed=seed, dtype=torch.float32) for side in sides[1:]]
-    select = TokenSelector(sides, 'active', 1.0, threshold, prefix, budget).eval()
+    select = TokenSelector(sides, threshold=threshold, prefix=prefix, token_budget=budget).eval()
 
     def tokens_of(rows):
         return select([lambda g, left, a=a: a[rows] for a in logits], grid)
@@ -139,7 +139,7 @@ def test_in_training_inactive_tokens_weigh_nothing_in_any_cell(size, sides, imag
         for side in sides[1:]
     ]
     torch.manual_seed(seed)
-    select = TokenSelector(sides, mode, 1.0, 0.5, prefix).train()
+    select = TokenSelector(sides, mode, prefix=prefix).train()
     tokens, decision = select([lambda g, left, a=a: a for a in logits], grid)
     levels, counts = level_map(decision.coarse, sides, grid)
     assert tokens.active_counts().tolist() == (counts + prefix).tolist()

@@ -48,7 +48,7 @@ def cell_by_cell(logits, sides, grid, image):
 def test_each_cell_is_covered_by_the_coarsest_region_that_says_so(grid, sides, prefix, seed):
     generator = torch.Generator().manual_seed(seed)
     logits = [torch.randn(2, *region_grid(grid, side), generator=generator) for side in sides[1:]]
-    select = TokenSelector(sides, 'active', 1.0, 0.5, prefix).eval()
+    select = TokenSelector(sides, prefix=prefix).eval()
     tokens, decision = select([lambda g, left, a=a: a for a in logits], grid)
     number = torch.arange(sum(tokens.lengths)).float()[:, None]
     rows = tokens.to_grid(number)[:, 0].long()  # (B, h, w)
@@ -70,7 +70,7 @@ def test_each_cell_is_covered_by_the_coarsest_region_that_says_so(grid, sides, p
 
 def test_from_grid_is_the_mean_of_a_tokens_cells():
     logits = [torch.randn(2, 3, 4), torch.randn(2, 2, 2)]
-    tokens, _ = TokenSelector((1, 2, 4), 'active', 1.0, 0.5, 1).eval()([lambda g, left, a=a: a for a in logits], (5, 7))
+    tokens, _ = TokenSelector((1, 2, 4), prefix=1).eval()([lambda g, left, a=a: a for a in logits], (5, 7))
     cells = torch.randn(2, 3, 5, 7)
     mean = tokens.from_grid(cells)
     assert (mean[tokens.prefix_rows()] == 0).all()
@@ -82,7 +82,7 @@ def test_from_grid_is_the_mean_of_a_tokens_cells():
 
 def test_merged_rows_keep_every_cell_and_are_means():
     logits = [torch.full((2, 2, 2), -9.0)]
-    tokens, _ = TokenSelector((1, 2), 'active', 1.0, 0.5, 1).eval()([lambda g, left: logits[0]], (4, 4))
+    tokens, _ = TokenSelector((1, 2), prefix=1).eval()([lambda g, left: logits[0]], (4, 4))
     into = torch.cat([torch.tensor([0, 1, 1, *range(2, 16)]), 16 + torch.tensor([0, 1, 1, *range(2, 16)])])
     merged = tokens.merge(into, [16, 16])
     x = torch.randn(34, 5)
@@ -161,7 +161,7 @@ def test_token_budget_is_met_by_one_threshold_for_all_levels(budget):
     assert mean <= budget
 
     def count(threshold):
-        select = TokenSelector(model.sides, 'active', 1.0, 0.5, 1).eval()
+        select = TokenSelector(model.sides, prefix=1).eval()
         asked = [lambda g, left, a=a: a - threshold for a in logits]
         return sum(select(asked, (8, 8))[0].lengths) / 3
 

@@ -24,6 +24,7 @@ from mmseg_msvit.dense_pass import find_images, find_test_images, gather
 from mmseg_msvit.flops import PLAIN_VITS
 from mmseg_msvit.gate_fitting import convert, fit, shared_size
 from mmseg_msvit.testset import FileReader, load_config, load_model
+from mmseg_msvit.whole_models import OF_GATES
 
 # Fitted gates: name -> kind of gate, and what it is fitted to.
 FITTED = {
@@ -104,7 +105,7 @@ class Contest:
         if chooser not in FITTED:
             return model, CHOOSERS.get(chooser, CHOOSERS['random'])
         file = self.folder / f'gate_{kind}_{target}_{"-".join(map(str, scales))}.pth'
-        names = [name for name in model.state_dict() if 'gate' in name.split('.')[1]]
+        names = [name for name in model.state_dict() if name.startswith(OF_GATES)]
         if not file.exists():
             fit(model, *self.gathered(target), budget=self.args.fit_budget, steps=self.args.steps)
             write_whole(file, partial(torch.save, {name: model.state_dict()[name] for name in names}))

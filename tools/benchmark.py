@@ -27,11 +27,12 @@ from rich.table import Table
 
 from mmseg_msvit.baselines import dense_forward, first_values, fix_all_fine, force_gate
 from mmseg_msvit.command_line import InputError, one_line_errors, positive
-from mmseg_msvit.flops import PLAIN_VITS, HeadMacs, dense_macs, image_grid, prefix_tokens
+from mmseg_msvit.flops import PLAIN_VITS, HeadMacs, dense_macs, prefix_tokens
 from mmseg_msvit.inspection import record_tokens
 from mmseg_msvit.mixed_scale import MixedScale
 from mmseg_msvit.testset import check_backbone, load_config
 from mmseg_msvit.timing import in_turns, paired_ratios, peak_memory
+from mmseg_msvit.tokens import region_grid
 from mmseg_msvit.toy_scenes import scene
 
 
@@ -158,7 +159,7 @@ def measure(args, batch: int) -> list:
     reference = next((name for name in ('dense', 'against', 'all fine') if name in compared), None)
     rows = []
     for name, (_, model) in compared.items():
-        grid = image_grid(model.backbone, height, width)
+        grid = region_grid((height, width), model.backbone.patch_size)
         with record_tokens(model) if isinstance(model.backbone, MixedScale) else nullcontext([]) as seen:
             torch.manual_seed(0)  # the coins of the rounds
             memory = peak_memory(functions[name], batches[0])

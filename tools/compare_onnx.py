@@ -25,6 +25,7 @@ from rich.table import Table
 
 from mmseg_msvit.baselines import dense_forward
 from mmseg_msvit.command_line import InputError, one_line_errors, positive
+from mmseg_msvit.dense_pass import evenly
 from mmseg_msvit.testset import load_config, load_model, load_testset
 from mmseg_msvit.timing import paired_ratios, timed
 
@@ -75,7 +76,7 @@ def main() -> None:
     metrics = {name: IoUMetric(iou_metrics=['mIoU']) for name in functions}
     for metric in metrics.values():
         metric.dataset_meta = dataset.metainfo
-    chosen = np.linspace(0, len(dataset) - 1, min(args.limit or len(dataset), len(dataset))).round().astype(int)
+    chosen = evenly(range(len(dataset)), args.limit or len(dataset))
     for turn, i in enumerate(track([chosen[0], *chosen], 'images')):  # the first once more, to warm up
         data, truth = pseudo_collate([dataset[i]]), None
         for name, function in functions.items():

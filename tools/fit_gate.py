@@ -22,7 +22,7 @@ from rich.table import Table
 from mmseg_msvit.command_line import InputError, one_line_errors, positive
 from mmseg_msvit.comparison import compare
 from mmseg_msvit.dense_pass import TARGETS, find_images, gather
-from mmseg_msvit.gate_fitting import GATES, convert, dense_backbone, find_threshold, fit, shared_size, write
+from mmseg_msvit.gate_fitting import KINDS, convert, dense_backbone, find_threshold, fit, shared_size, write
 from mmseg_msvit.testset import FileReader, load_config, load_model
 from mmseg_msvit.visualization import draw_image
 
@@ -40,7 +40,7 @@ def main() -> None:
         '--target', choices=TARGETS, default='mixed', help="mixed: the model's own doubt; labels: truth"
     )
     parser.add_argument(
-        '--gate', choices=tuple(GATES), default='context', help='with a view around each region, or not'
+        '--gate', choices=tuple(KINDS), default='context', help='with a view around each region, or not'
     )
     parser.add_argument('--budget', type=float, default=0.6, help='share of the dense tokens that is kept on average')
     parser.add_argument('--full-size', action='store_true', help='save tokens by coarse regions alone')

@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mmseg_msvit.command_line import one_line_errors, positive
-from mmseg_msvit.flops import PARTS, PLAIN_VITS, HeadMacs, dense_cost, image_grid, inference_cost, share_cost
+from mmseg_msvit.flops import PARTS, PLAIN_VITS, HeadMacs, dense_cost, inference_cost, share_cost
 from mmseg_msvit.gates import LearnedGate
 from mmseg_msvit.metrics import summarize_costs
 from mmseg_msvit.mixed_scale import MixedScale
 from mmseg_msvit.testset import load_config, load_model, load_testset, walk
+from mmseg_msvit.tokens import region_grid
 
 SHARES = (0, 0.25, 0.5, 0.75, 1)
 
@@ -56,7 +57,7 @@ def main() -> None:
     model = load_model(config, args.checkpoint, args.device, PLAIN_VITS)
     heads, gated = HeadMacs(model), isinstance(model.backbone, MixedScale)
     if args.shape:
-        grid = image_grid(model.backbone, *args.shape)
+        grid = region_grid(args.shape, model.backbone.patch_size)
         if gated:
             result = {f'{share:.0%} coarse': share_cost(model.backbone, heads, grid, share) for share in SHARES}
         else:
