@@ -6,6 +6,7 @@ from mmengine.config import Config
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from .embedding import pad_to_regions
 from .gates import CERTAIN, FixedGate
 from .mixed_scale import MixedScale
 from .selection import TokenSelector
@@ -56,12 +57,13 @@ def dense_forward(backbone: MixedScale, images: Tensor) -> tuple:
 
     Args:
         backbone: the model.
-        images: (B, C, H, W), multiples of a patch.
+        images: (B, C, H, W).
 
     Returns:
         (B, embed_dims, h, w), or :class:`.PackedTokens`, for each output: what the backbone returns, without cls.
     """
-    embed, (h, w) = backbone.patch_embed, (n // backbone.patch_size for n in images.shape[2:])
+    images, (h, w) = pad_to_regions(images, backbone.patch_size, 1)
+    embed = backbone.patch_embed
     tokens = all_fine(backbone, len(images), (h, w), images.device)
     x = F.conv2d(images, embed.projection.weight, embed.projection.bias, embed.projection.stride)
     x = x.flatten(2).mT  # (B, h * w, C)

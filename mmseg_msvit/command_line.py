@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,20 +41,24 @@ def write_whole(path: Path, save: Callable[[Path], object]) -> None:
     os.replace(unfinished, path)
 
 
-def claim(mark: Path, checkpoint: str) -> None:
-    """Says whose the results beside a file are, so that those of another model are not taken for them.
+def digest(file: str) -> str:
+    """SHA-256 of a file; of an address, which is known by its name alone."""
+    return hashlib.sha256(Path(file).read_bytes() if Path(file).is_file() else file.encode()).hexdigest()
+
+
+def claim(mark: Path, **settings) -> None:
+    """Says of what the results beside a file are, so that others are not taken for them.
 
     Args:
-        mark: the file, which gets the checkpoint's SHA-256.
-        checkpoint: a file, or an address, which is known by its name alone.
+        mark: the file, JSON.
+        settings: what the results depend on.
 
     Raises:
-        InputError: the results are another checkpoint's.
+        InputError: the results are of other settings; the message names them.
     """
-    content = Path(checkpoint).read_bytes() if Path(checkpoint).is_file() else checkpoint.encode()
-    digest = hashlib.sha256(content).hexdigest()
-    if mark.exists() and mark.read_text().strip() != digest:
-        raise InputError(
-            f'--out: wanted a folder for {checkpoint}, got {mark.parent} with results of another checkpoint'
-        )
-    write_whole(mark, lambda path: path.write_text(digest + '\n'))
+    known = json.loads(mark.read_text()) if mark.exists() else settings
+    other = [name for name in settings if known.get(name) != settings[name]]
+    if other:
+        wanted, got = (', '.join(f'{name} {str(each.get(name))[:12]}' for name in other) for each in (settings, known))
+        raise InputError(f'--out: wanted a folder for results of {wanted}, got {mark.parent} with those of {got}')
+    write_whole(mark, lambda path: path.write_text(json.dumps(settings, indent=2) + '\n'))

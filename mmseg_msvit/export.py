@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Dict, Tuple
 
 import torch
-from mmcv.transforms import LoadImageFromFile, Resize
+from mmcv.transforms import LoadAnnotations, LoadImageFromFile, Resize
 from mmengine.config import Config
 from mmseg.datasets.transforms import PackSegInputs, ResizeToMultiple
 from onnxscript import opset20 as ops
@@ -163,7 +163,7 @@ def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
     channels, given = backbone.in_channels, config.model.get('data_preprocessor') or {}
     normalised = hasattr(pixels, 'mean')
     resize = []
-    for step in reader.pipeline.transforms:
+    for step in (step for step in reader.transforms if not isinstance(step, LoadAnnotations)):
         by_cv2 = getattr(step, 'imdecode_backend', getattr(step, 'backend', 'cv2')) == 'cv2'
         bilinear = getattr(step, 'interpolation', None) in (None, 'bilinear')
         if isinstance(step, Resize) and step.scale and by_cv2 and bilinear:
@@ -177,6 +177,11 @@ def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
                 'CONFIG: wanted a test pipeline of LoadImageFromFile, Resize to a scale and ResizeToMultiple, by cv2 '
                 f'and bilinear, which a file can tell of, got {type(step).__name__} as it is set there'
             )
+    if resize and model.align_corners:
+        raise InputError(
+            'CONFIG: wanted a head with align_corners=False where the test pipeline resizes images, got True: who '
+            'runs the file enlarges its logits by the middles of pixels'
+        )
     if (pixels.test_cfg or {}).get('size') is not None:
         raise InputError(
             f'CONFIG: wanted a data_preprocessor.test_cfg with size_divisor alone, got size={pixels.test_cfg["size"]}'

@@ -111,8 +111,13 @@ class GateLoss(BaseModule):
             self.count_steps()
 
     def count_steps(self) -> None:
-        """Has training forwards counted in ``steps``; float, since hooks average it with the weights."""
-        self.register_buffer('steps', torch.zeros(()))
+        """Has training forwards counted in ``steps``; a whole number, which no change of precision reaches."""
+        self.register_buffer('steps', torch.zeros((), dtype=torch.long))
+
+    def begin(self) -> None:
+        """Forgets what another training has counted, with whose weights this one begins."""
+        if hasattr(self, 'steps'):
+            self.steps.zero_()
 
     def take_step(self, *args, **kwargs) -> Tensor:
         """:meth:`of_step` by the factor of the warm-up; then this forward is counted."""

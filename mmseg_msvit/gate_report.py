@@ -33,13 +33,14 @@ class Analysis:
     Args:
         model: a segmentor with an MSViT.
         dataset: with truth.
+        ignored: the label that does not count.
 
     Raises:
         InputError: the data set has no truth, or too many classes.
     """
 
-    def __init__(self, model: nn.Module, dataset: BaseDataset):
-        self.model, self.backbone = model, find_msvit(model)
+    def __init__(self, model: nn.Module, dataset: BaseDataset, ignored: int = IGNORE_INDEX):
+        self.model, self.backbone, self.ignored = model, find_msvit(model), ignored
         self.classes, self.palette = list(dataset.metainfo['classes']), dataset.metainfo['palette']
         if len(self.classes) > IGNORE_INDEX:
             raise InputError(f'test set: wanted at most {IGNORE_INDEX} classes, got {len(self.classes)}')
@@ -66,6 +67,7 @@ class Analysis:
             labels = labels[0].cpu().numpy().astype(np.uint8)
             return cv2.resize(labels, (width, height), interpolation=cv2.INTER_NEAREST)
 
+        sample.gt_sem_seg.data[sample.gt_sem_seg.data == self.ignored] = IGNORE_INDEX
         truth, prediction = fit(sample.gt_sem_seg.data), fit(sample.pred_sem_seg.data)
         coarse = coarse_regions(self.backbone, tokens).cpu()  # (1, hc, wc)
         labels = torch.from_numpy(truth)[None].long()

@@ -6,7 +6,7 @@ gate for each, and asks them from the coarsest down.
 """
 
 import math
-from typing import Optional, Tuple
+from typing import Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -285,6 +285,14 @@ class FixedGate(ForcedGate):
         return images.new_full((images.shape[0], *grid), CERTAIN if self.coarse else -CERTAIN, dtype=torch.float32)
 
 
+def _sure(order: Tensor, limit: Union[float, Tensor], end: int) -> Tensor:
+    """Logits of regions that stand in an order from 0 to ``end``: coarse below a limit, and the surer the farther off.
+
+    All are sure; but a ``token_budget`` takes them in this order, and not in that of their places.
+    """
+    return torch.where(order < limit, CERTAIN, -CERTAIN) * (1 + (order - limit).abs() / end) / 2
+
+
 def _check_ratio(coarse_ratio: float) -> float:
     if not 0 <= coarse_ratio <= 1:
         raise ValueError(f'coarse_ratio must be in [0, 1], got {coarse_ratio}')
@@ -304,8 +312,8 @@ class RandomGate(ForcedGate):
         self.coarse_ratio = _check_ratio(coarse_ratio)
 
     def forward(self, images: Tensor, grid: Tuple[int, int], left: Optional[Tensor] = None) -> Tensor:
-        coin = torch.rand(images.shape[0], *grid, device=images.device) < self.coarse_ratio
-        return torch.where(coin, CERTAIN, -CERTAIN)
+        coin = torch.rand(images.shape[0], *grid, device=images.device)
+        return _sure(coin, self.coarse_ratio, 1)
 
 
 @MODELS.register_module()
@@ -330,5 +338,4 @@ class VarianceGate(ForcedGate):
             count = left.flatten(1).sum(1, keepdim=True)
             variance = variance.masked_fill(~left.flatten(1), torch.inf)
         place = variance.argsort(dim=1, stable=True).argsort(dim=1)
-        coarse = place < (self.coarse_ratio * count).round()
-        return torch.where(coarse, CERTAIN, -CERTAIN).unflatten(1, grid)
+        return _sure(place, (self.coarse_ratio * count).round(), place.shape[1]).unflatten(1, grid)

@@ -55,6 +55,9 @@ class GateLossHook(ViTWeightsHook):
     def before_train(self, runner) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         backbone = find_msvit(model)  # says at once if there is none
+        if runner.iter == 0:  # else it is resumed
+            for loss in backbone.gate_losses:
+                loss.begin()
         for module in model.modules():
             if isinstance(module, FullyShardedDataParallel) and backbone in module.modules():
                 raise ValueError(

@@ -41,6 +41,10 @@ def summarize_costs(images: List[Dict[str, int]]) -> Dict[str, Any]:
     return found
 
 
+# That a recorder holds: windows and views of a batch, in an evaluation.
+MOST_PASSES = 4096
+
+
 class Recorder:
     """Keeps the forward passes of an evaluation until a metric takes them.
 
@@ -49,8 +53,7 @@ class Recorder:
     """
 
     def __init__(self):
-        # No image has so many windows: only what nobody ever takes is lost.
-        self.passes = deque(maxlen=4096)
+        self.passes = deque(maxlen=MOST_PASSES)  # of what nobody ever takes, the oldest are lost
         self.metrics: WeakSet = WeakSet()
 
     def begin(self) -> None:
@@ -64,7 +67,13 @@ class Recorder:
         self.passes.append((part, tokens))
 
     def take(self) -> List[List[Dict[str, int]]]:
-        """A list for each pass, with a dict for each of its images; forgets them."""
+        """A list for each pass, with a dict for each of its images; forgets them.
+
+        Raises:
+            RuntimeError: there were so many that some were lost.
+        """
+        if len(self.passes) == MOST_PASSES:
+            raise RuntimeError(f'TokenMetric wanted fewer than {MOST_PASSES} forward passes for a batch, got more')
         found: List[List[Dict[str, int]]] = []
         for part, tokens in self.passes:
             if isinstance(part, MixedScale):
@@ -110,7 +119,7 @@ class TokenMetric(BaseMetric):
         """Takes what was seen as the passes of these images.
 
         Raises:
-            RuntimeError: no MSViT has run, or one over another number of images.
+            RuntimeError: no MSViT has run, or one over another number of images, or too often.
         """
         passes = self.recorder.take()
         sizes = sorted({len(counted) for counted in passes})

@@ -16,7 +16,7 @@ from .command_line import InputError
 from .flops import PLAIN_VITS, HeadMacs, add_up, dense_cost, pass_costs
 from .inspection import find_msvit, record_tokens
 from .mixed_scale import MixedScale
-from .testset import load_config, load_model, load_testset
+from .testset import iou_metric, load_config, load_model, load_testset
 from .timing import timed
 from .tokens import region_grid
 
@@ -44,14 +44,12 @@ class Variant:
         run: the model's name, config and checkpoint.
         model: the loaded model; variants of one run share it.
         heads: counts its neck and head.
-        metainfo: of the test set.
+        iou: its metric.
         threshold: of the gate; None for a dense ViT.
     """
 
-    def __init__(self, run: Run, model: nn.Module, heads: HeadMacs, metainfo: dict, threshold: Optional[float]):
-        self.run, self.model, self.heads, self.threshold = run, model, heads, threshold
-        self.iou = IoUMetric(iou_metrics=['mIoU'])
-        self.iou.dataset_meta = metainfo
+    def __init__(self, run: Run, model: nn.Module, heads: HeadMacs, iou: IoUMetric, threshold: Optional[float]):
+        self.run, self.model, self.heads, self.iou, self.threshold = run, model, heads, iou, threshold
         self.seconds: List[float] = []
         self.images: List[Dict[str, int]] = []
 
@@ -123,9 +121,9 @@ def measure(runs: Sequence[Run], thresholds: Sequence[float], device: str) -> Tu
         model = load_model(config, run.checkpoint, device, PLAIN_VITS)
         if run.config not in datasets:
             datasets[run.config] = load_testset(config)
-        heads, metainfo = HeadMacs(model), datasets[run.config].metainfo
+        heads = HeadMacs(model)
         for threshold in thresholds if isinstance(model.backbone, MixedScale) else [None]:
-            variants.append(Variant(run, model, heads, metainfo, threshold))
+            variants.append(Variant(run, model, heads, iou_metric(config, datasets[run.config]), threshold))
     sizes = {config: len(dataset) for config, dataset in datasets.items()}
     if len(set(sizes.values())) > 1:
         raise InputError(f'wanted configs with one test set, got sets of {sizes} images')

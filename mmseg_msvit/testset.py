@@ -6,18 +6,20 @@ from typing import Iterator, List, Optional, Tuple, Union
 
 import cv2
 import numpy as np
-from mmcv.transforms import Compose, LoadAnnotations
+from mmcv.transforms import LoadAnnotations
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import BaseDataset
 from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
 from mmseg.apis import init_model
+from mmseg.evaluation import IoUMetric
 from mmseg.registry import DATASETS, TRANSFORMS
 from rich.progress import track
 from torch import nn
 
 from .command_line import InputError
 from .mixed_scale import MixedScale
+from .purity import IGNORE_INDEX
 from .whole_models import load_segmentor
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
@@ -116,6 +118,20 @@ def load_testset(config: Config) -> BaseDataset:
     return dataset
 
 
+def ignore_index(config: Config) -> int:
+    """The label that a config's evaluator of the test set leaves out."""
+    evaluators = config.get('test_evaluator') or []
+    evaluators = [evaluators] if isinstance(evaluators, dict) else evaluators
+    return next((each['ignore_index'] for each in evaluators if 'ignore_index' in each), IGNORE_INDEX)
+
+
+def iou_metric(config: Config, dataset: BaseDataset) -> IoUMetric:
+    """The mIoU of a config's test set, as its own evaluator counts it."""
+    metric = IoUMetric(ignore_index=ignore_index(config))
+    metric.dataset_meta = dataset.metainfo
+    return metric
+
+
 def walk(dataset: BaseDataset) -> Iterator[dict]:
     """What the pipeline makes of each image of a data set, with a progress bar."""
     for i in track(range(len(dataset)), 'images'):
@@ -137,10 +153,10 @@ class FileReader:
         while 'pipeline' not in dataset:  # that of what a wrapper, such as ConcatDataset, holds
             dataset = dataset['dataset'] if 'dataset' in dataset else dataset['datasets'][0]
         self.dataset = DATASETS.build({**dataset, 'lazy_init': True})
-        transforms = self.dataset.pipeline.transforms
-        loaders = [transform for transform in transforms if isinstance(transform, LoadAnnotations)]
-        self.load_truth = loaders[0] if loaders else TRANSFORMS.build(dict(type='LoadAnnotations'))
-        self.pipeline = Compose([transform for transform in transforms if transform not in loaders])
+        self.transforms = list(self.dataset.pipeline.transforms)
+        if not any(isinstance(transform, LoadAnnotations) for transform in self.transforms):
+            self.transforms.insert(-1, TRANSFORMS.build(dict(type='LoadAnnotations')))  # before what packs
+        self.ignored = ignore_index(config)
 
     @property
     def palette(self) -> List[List[int]]:
@@ -150,32 +166,33 @@ class FileReader:
     def read(self, image: Path, truth: Optional[Path] = None) -> Tuple[dict, Optional[np.ndarray]]:
         """An image through the test pipeline, and its class ids (H, W) uint8 as the data set counts them.
 
+        What the evaluator leaves out is 255 in them, whatever it is in the data set.
+
         Raises:
             InputError: a file is no picture, or the truth is not class ids of the image's size.
         """
         rules = dict(reduce_zero_label=self.dataset.reduce_zero_label, label_map=self.dataset.label_map)
-        try:
-            data = self.pipeline(dict(img_path=str(image), seg_fields=[], **rules))
-        except UNREADABLE as error:
-            raise InputError(
-                f'image: wanted a picture, got {image}, which cannot be read: {_first_line(error)}'
-            ) from error
+        data = dict(img_path=str(image), seg_map_path=str(truth), seg_fields=[], **rules)
+        for transform in self.transforms:
+            is_truths = isinstance(transform, LoadAnnotations)
+            if is_truths and truth is None:
+                continue
+            what, path = ('truth: wanted class ids', truth) if is_truths else ('image: wanted a picture', image)
+            try:
+                data = transform(data)
+            except UNREADABLE as error:
+                raise InputError(f'{what}, got {path}, which cannot be read: {_first_line(error)}') from error
+            if is_truths and data['gt_seg_map'].ndim != 2:
+                shape = data['gt_seg_map'].shape
+                raise InputError(f'{what} (H, W), got {path} of shape {shape}, which looks like colours')
         if truth is None:
             return data, None
-        try:
-            labels = self.load_truth(dict(seg_map_path=str(truth), seg_fields=[], **rules))['gt_seg_map']
-        except UNREADABLE as error:
-            raise InputError(
-                f'truth: wanted class ids, got {truth}, which cannot be read: {_first_line(error)}'
-            ) from error
-        if labels.ndim != 2:
-            raise InputError(
-                f'truth: wanted class ids (H, W), got {truth} of shape {labels.shape}, which looks like colours'
-            )
+        labels = data['data_samples'].gt_sem_seg.data[0].numpy()
+        del data['data_samples'].gt_sem_seg  # large, and known by whoever asked for it
         size = tuple(data['data_samples'].ori_shape)
         if labels.shape != size:
             raise InputError(f'truth: wanted class ids of the size of {image}, {size}, got {truth} of {labels.shape}')
-        return data, labels
+        return data, np.where(labels == self.ignored, IGNORE_INDEX, labels).astype(np.uint8)
 
 
 def list_images(path: Path) -> List[Path]:

@@ -1,11 +1,14 @@
 """The arena and its trained variants: equal tokens for all, what is known is not measured again."""
 
 import json
+import runpy
 from copy import deepcopy
 
 import pytest
 import torch
-from conftest import build_runner
+from conftest import ROOT, build_runner
+from mmengine.optim import build_optim_wrapper
+from mmseg.registry import MODELS
 
 from mmseg_msvit.arena import as_logits, play, score_doubt, score_random, told
 from mmseg_msvit.dense_pass import find_images, gather
@@ -98,7 +101,9 @@ def test_the_tool_goes_on_where_it_stopped(dense, tool, tmp_path, capsys):
     assert tool(*line) is None
     assert capsys.readouterr().out.count('run_0: Result') == 1
     assert json.loads(results.read_text()) == known
-    assert 'results of another checkpoint' in tool(line[0], dense[0], bare(dense[1], tmp_path), *line[3:])
+    assert 'a folder for results of checkpoint ' in tool(line[0], dense[0], bare(dense[1], tmp_path), *line[3:])
+    end = f'a folder for results of limit 2, got {tmp_path}/run_0 with those of limit None'
+    assert tool(*line, '--limit', 2).endswith(end)
 
 
 @pytest.mark.slow
@@ -128,5 +133,21 @@ def test_variants_are_trained_and_tested_once(dense, tool, tmp_path, capsys):
     assert not torch.equal(fitted['backbone.cls_token'], gate['backbone.cls_token'])
     assert 'backbone.out_details.0.weight' in weights(out / 'doubt_detail_64_0/iter_2.pth')
     assert (out / 'variants.md').read_text().count('| coarse |') == 2
-    assert 'results of another checkpoint' in tool(line[0], dense[0], bare(dense[1], tmp_path), *line[3:], names[0])
+    assert 'results of checkpoint ' in tool(line[0], dense[0], bare(dense[1], tmp_path), *line[3:], names[0])
+    assert 'results of budget 0.5, got ' in tool(*line[:-1], '--budget', 0.5, '--variants', names[0])
     assert 'a folder for each checkpoint' in tool(*line[:3], '--converted', converted, converted, '--out', out)
+
+
+@pytest.mark.parametrize('constructor', [None, 'MSViTLayerDecayConstructor'])
+def test_a_variants_gate_learns_faster_by_any_constructor(constructor, dense, tool, tmp_path):
+    assert tool('fit_gate.py', *dense, '--out', tmp_path, '--full-size', '--steps', 2, '--limit', 3) is None
+    if constructor:
+        with open(tmp_path / 'train.py', 'a') as file:
+            file.write(f'optim_wrapper = dict(constructor={constructor!r}, paramwise_cfg=dict(_delete_=True))\n')
+    make = runpy.run_path(str(ROOT / 'tools/variants.py'))['variant_config']
+    config = make(tmp_path, 'doubt', None)
+    model = MODELS.build(config.model)
+    optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
+    rate = {id(p): group['lr'] for group in optimizer.param_groups for p in group['params']}
+    rates = [rate[id(p)] for p in (model.backbone.gate.last.weight, model.decode_head.decoder_norm.weight)]
+    assert rates[0] == pytest.approx(10 * rates[1])

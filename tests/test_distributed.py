@@ -63,7 +63,7 @@ def step(losses, train_tokens='active', parts=1, wrap=distributed):
     model.double().train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     wrapped = wrap(model) if world_size > 1 else model
-    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=wrapped))
+    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=wrapped, iter=0))
     optimizer = OptimWrapper(torch.optim.SGD(wrapped.parameters(), lr=0.1), accumulative_counts=parts)
     optimizer.initialize_count_status(model, 0, parts)
     for part in zip(*(values.chunk(parts) for values in batch())):
@@ -109,7 +109,7 @@ def test_a_step_of_several_processes_is_the_step_of_one_on_their_joined_batch(wo
 def said_of_a_sharded_backbone():
     model = sharded(segmentor(LOSSES), MSViT)
     with pytest.raises(ValueError) as error:
-        HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model))
+        HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model, iter=0))
     return str(error.value)
 
 

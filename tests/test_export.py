@@ -340,6 +340,10 @@ def test_what_a_file_cannot_tell_of_is_refused(step, config, scenes):
     model = MODELS.build(config.model)
     with pytest.raises(InputError, match=f'wanted a test pipeline of .* got {step["type"]}'):
         metadata(model, config)
+    config.test_dataloader.dataset.pipeline[1] = dict(type='Resize', scale=(200, 100))
+    config.model.decode_head.align_corners = True
+    with pytest.raises(InputError, match='wanted a head with align_corners=False where the test pipeline resizes'):
+        metadata(MODELS.build(config.model), config)
     config.test_dataloader.dataset.pipeline.pop(1)
     config.model.data_preprocessor.test_cfg = dict(size=(128, 128))
     with pytest.raises(InputError, match=r'test_cfg with size_divisor alone, got size=\(128, 128\)'):

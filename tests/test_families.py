@@ -78,7 +78,7 @@ def test_the_dense_form_is_the_model_all_fine(family, more):
     if 'norm_outputs' in more and family['type'] != 'MSViT':
         pytest.skip('an option of MSViT')
     model = build(family, **more)
-    images = torch.randn(2, 3, 5 * model.patch_size, 7 * model.patch_size)
+    images = pixels(model, 5, 7)
     with torch.no_grad(), as_dense(model):
         outputs, wanted = dense_forward(model, images), model(images)
     for a, b in zip(outputs, wanted, strict=True):

@@ -341,7 +341,7 @@ def test_doubt_loss_can_ask_the_segmentor_itself(teacher):
     )
     model = revert_sync_batchnorm(MODELS.build(config)).train()
     model.load_state_dict(dense.state_dict(), strict=False)
-    GateLossHook().before_train(SimpleNamespace(model=model))
+    GateLossHook().before_train(SimpleNamespace(model=model, iter=0))
     model.backbone.gate.last.bias.data.fill_(0.0)  # half of the regions are coarse
     labelled = sample(torch.zeros(64, 64, dtype=torch.long))
     losses = model(torch.randn(2, 3, 64, 64), [labelled] * 2, mode='loss')

@@ -5,6 +5,7 @@ from mmseg.registry import MODELS
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmseg_msvit.flops import dense_macs
+from mmseg_msvit.inspection import record_tokens
 
 SHAPE = dict(in_channels=3, region=8, grid=(4, 4), embed_dims=16)
 
@@ -161,3 +162,17 @@ def test_a_checkpoint_without_the_gate_is_refused(tmp_path):
         ValueError, match=r"wanted the gate below prefix 'backbone.gate.' .*embed.weight \(2, 2\), wanted \(16, 192\)"
     ):
         build('MLPGate', init_cfg=source).init_weights()
+
+
+@pytest.mark.parametrize('least', [16, 8, 0])
+def test_a_token_budget_takes_the_regions_that_vary_least_wherever_they_are(least):
+    """With 12 of 16 regions coarse, whatever share the gate itself would have."""
+    images = torch.randn(2, 3, 128, 128) * torch.rand(2, 1, 4, 4).repeat_interleave(32, 2).repeat_interleave(32, 3)
+    gate = dict(type='VarianceGate', coarse_ratio=least / 16)
+    model = build_msvit(img_size=128, gate=gate, token_budget=12 + 4 * 4 + 1)
+    with record_tokens(model) as seen:
+        model(images)
+    variance = images.unfold(2, 32, 32).unfold(3, 32, 32).var((1, 4, 5)).flatten(1)  # (2, 16)
+    coarse = seen[0][0].levels()[:, ::2, ::2].flatten(1) > 0
+    assert coarse.sum(1).tolist() == [12, 12]
+    assert torch.equal(coarse, variance <= variance.sort(1).values[:, 11:12])

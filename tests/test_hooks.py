@@ -24,7 +24,7 @@ def test_adds_the_gate_losses_in_training_and_leaves_no_trace_after_it():
     model = segmentor().train()
     inputs, samples = batch()
     before = set(model(inputs, samples, mode='loss'))
-    hook, runner = HOOKS.build(dict(type='GateLossHook')), SimpleNamespace(model=model)
+    hook, runner = HOOKS.build(dict(type='GateLossHook')), SimpleNamespace(model=model, iter=0)
     hook.before_train(runner)
     losses = model(inputs, samples, mode='loss')
     logged = {f'gate.{name}' for name in ('coarse_fraction', 'conditionality', 'entropy', 'tokens')}
@@ -40,17 +40,25 @@ def test_adds_the_gate_losses_in_training_and_leaves_no_trace_after_it():
     assert not model._forward_hooks
 
 
+@pytest.mark.parametrize('at, steps', [(0, 0), (7, 40)])
+def test_a_training_that_begins_counts_from_none_whatever_its_weights_have_seen(at, steps):
+    model = segmentor(gate_loss=dict(type='TokenBudgetLoss', target_warmup=100)).bfloat16()
+    model.backbone.gate_losses[0].steps += 40
+    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model, iter=at))
+    assert model.backbone.gate_losses[0].steps == steps and not model.backbone.gate_losses[0].steps.is_floating_point()
+
+
 def test_reads_the_loss_of_this_forward_and_no_other():
     model = segmentor().train()
     inputs, samples = batch()
-    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model))
+    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model, iter=0))
     purity = model(inputs, samples, mode='loss')['gate.loss_purity']
     logits = model.backbone.gate(inputs, (2, 2))
     torch.testing.assert_close(purity, model.backbone.gate_losses[0](logits, samples))
 
 
 def hooked(model):
-    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model))
+    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model, iter=0))
     return model
 
 
@@ -89,7 +97,7 @@ class Twice(torch.nn.Module):
 def test_a_gate_that_would_learn_nothing_is_refused(how, monkeypatch):
     """Both are ways to keep a ViT as it is."""
     model, (inputs, samples) = segmentor().train(), batch()
-    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model))
+    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model, iter=0))
     if how == 'eval':
         model.backbone.eval()
     else:

@@ -25,7 +25,7 @@ def segmentor(train_tokens='trimmed', losses=LOSSES, layers=2, **backbone):
     backbone.update(gate=gate, gate_loss=losses, train_tokens=train_tokens, **shape)
     model = MODELS.build(tiny_segmentor(dict(dropout_ratio=0), **backbone)).train()
     randomize(model)
-    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model))
+    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model, iter=0))
     return model
 
 

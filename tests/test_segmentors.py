@@ -64,7 +64,7 @@ def test_a_cascade_trains_the_gate_and_predicts():
             test_cfg=dict(mode='whole'),
         )
     ).train()
-    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model))
+    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model, iter=0))
     samples = [sample(torch.randint(0, CLASSES, (70, 90))) for _ in range(2)]
     images = torch.randn(2, 3, 70, 90)
     losses = model(images, samples, mode='loss')

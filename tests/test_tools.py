@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TOY, build_msvit, build_runner
+from mmcv.transforms import BaseTransform
 from mmengine.config import Config
 from mmseg.registry import MODELS
 from PIL import Image
@@ -250,6 +251,45 @@ def test_truth_is_read_as_the_test_set_reads_it(config, tmp_path, reduce_zero_la
     assert reader.palette[0] == [120, 170, 230]
 
 
+def test_what_the_evaluator_leaves_out_is_left_out_everywhere(trained, config, scenes, tool, tmp_path):
+    """Void as 2 and as 255: the same numbers."""
+    numbers = []
+    for void in (2, 255):
+        folder = tmp_path / str(void)
+        shutil.copytree(scenes, folder)
+        for path in (folder / 'annotations/val').iterdir():
+            labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+            cv2.imwrite(str(path), np.where(labels == 2, void, labels))
+        config.test_dataloader.dataset.data_root = str(folder)
+        config.test_evaluator = [dict(type='TokenMetric'), dict(type='IoUMetric', ignore_index=void)]
+        config.dump(str(tmp_path / 'void.py'))
+        image = folder / 'images/val/0000.png'
+        _, labels = FileReader(config).read(image, folder / 'annotations/val/0000.png')
+        assert tool('analyze_gate.py', tmp_path / 'void.py', trained[1], '--out', tmp_path / 'gate.json') is None
+        ours = f'ours={tmp_path}/void.py,{trained[1]}'
+        assert tool('tradeoff.py', ours, '--thresholds', 0.5, '--device', 'cpu', '--out', tmp_path / str(void)) is None
+        (point,) = json.loads((tmp_path / f'{void}/tradeoff.json').read_text())['points']
+        numbers.append((labels.tolist(), json.loads((tmp_path / 'gate.json').read_text()), point['miou']))
+    assert numbers[0] == numbers[1]
+
+
+class Renumber(BaseTransform):
+    """A data set's own way with labels."""
+
+    def transform(self, results):
+        for name in results['seg_fields']:
+            results[name] = results[name] // 2
+        return results
+
+
+def test_truth_goes_through_the_whole_pipeline(config, scenes):
+    image, truth = scenes / 'images/val/0000.png', scenes / 'annotations/val/0000.png'
+    _, plain = FileReader(config).read(image, truth)
+    config.test_dataloader.dataset.pipeline.insert(-1, dict(type=Renumber))
+    data, labels = FileReader(config).read(image, truth)
+    assert (labels == plain // 2).all() and 'gt_sem_seg' not in data['data_samples']
+
+
 def test_truth_that_does_not_fit_is_named(config, scenes, tmp_path):
     reader, image = FileReader(config), scenes / 'images/val/0000.png'
     with pytest.raises(InputError, match=r'truth: wanted class ids \(H, W\), got .*0000.png of shape \(96, 96, 3\)'):
@@ -413,6 +453,17 @@ def test_benchmark(mode, printed, tmp_path):
     assert rows['dense']['ratio'] == 1 and rows['dense']['tokens'] == 17
     assert rows[ours[0]]['tokens'] < 17 and rows[ours[0]]['gmacs'] < rows['dense']['gmacs']
     assert all(row['seconds'] > 0 and row['memory_mib'] > 0 for row in rows.values())
+
+
+def test_benchmark_counts_a_head_on_the_cells_that_it_sees(tool, config, tmp_path):
+    config.model.backbone.update(num_layers=1, out_indices=(0,), input_scale=0.5)
+    config.dump(str(tmp_path / 'config.py'))
+    line = ['benchmark.py', tmp_path / 'config.py', '--part', 'segmentor', '--gate', 'fine', '--size', 64]
+    assert tool(*line, '--repeat', 1, '--device', 'cpu', '--json', tmp_path / 'a.json') is None
+    rows = {row['name']: row for row in json.loads((tmp_path / 'a.json').read_text())['rows']}
+    heads = HeadMacs(MODELS.build(config.model))
+    assert rows['MSViT']['gmacs'] - rows['its backbone']['gmacs'] == pytest.approx(heads((2, 2))['head'] / 1e9)
+    assert rows['all fine']['tokens'] == 17 and rows['all fine']['gmacs'] > heads((4, 4))['head'] / 1e9
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mmseg_msvit.command_line import one_line_errors
 from mmseg_msvit.gate_report import Analysis, page
-from mmseg_msvit.testset import load_config, load_model, load_testset
+from mmseg_msvit.testset import ignore_index, load_config, load_model, load_testset
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
 
     config = load_config(args.config)
     dataset = load_testset(config)
-    analysis = Analysis(load_model(config, args.checkpoint, args.device), dataset)
+    analysis = Analysis(load_model(config, args.checkpoint, args.device), dataset, ignore_index(config))
     numbers = analysis.numbers()
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 from mmseg_msvit.arena import CHOOSERS, dense, play, score_gates, smaller
-from mmseg_msvit.command_line import claim, one_line_errors, positive, write_whole
+from mmseg_msvit.command_line import claim, digest, one_line_errors, positive, write_whole
 from mmseg_msvit.dense_pass import find_images, find_test_images, gather
 from mmseg_msvit.flops import PLAIN_VITS
 from mmseg_msvit.gate_fitting import convert, fit, shared_size
@@ -50,7 +50,10 @@ class Contest:
         self.args, self.config, self.folder = args, config, folder
         folder.mkdir(parents=True, exist_ok=True)
         self.model = load_model(config, checkpoint, args.device, PLAIN_VITS)
-        claim(folder / 'checkpoint.sha256', checkpoint)
+        claim(
+            folder / 'of.json', checkpoint=digest(checkpoint), config=config.pretty_text, limit=args.limit,
+            fit_images=args.fit_images, fit_budget=args.fit_budget, steps=args.steps,
+        )  # fmt: skip
         self.reader = FileReader(config)
         self.file = folder / 'results.json'
         self.results = json.loads(self.file.read_text()) if self.file.exists() else []

@@ -130,6 +130,7 @@ def variants(args) -> dict:
     if not training:
         model = twin()
         fix_all_fine(model.backbone)
+        model.backbone.input_scale = 1.0
         add('all fine', model, pick(model))
     if args.part == 'encoder':
         model = twin()
@@ -170,8 +171,8 @@ def measure(args, batch: int) -> list:
             parts = [dict(p, encoder=0) for p in parts]
         if args.part == 'segmentor' and name != 'its backbone':
             counts = seen[0][0].active_counts().tolist() if seen else [None] * batch
-            heads = HeadMacs(model)
-            parts = [{**p, **heads(grid, count)} for p, count in zip(parts, counts)]
+            heads, cells = HeadMacs(model), seen[0][0].grid if seen else grid
+            parts = [{**p, **heads(cells, count)} for p, count in zip(parts, counts)]
         ratio = low = high = None
         if reference in compared:
             ratio, low, high = paired_ratios(seconds[name], seconds[reference])

@@ -18,7 +18,6 @@ import onnxruntime
 import torch
 from mmengine.dataset import pseudo_collate
 from mmengine.logging import MMLogger
-from mmseg.evaluation import IoUMetric
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -26,7 +25,7 @@ from rich.table import Table
 from mmseg_msvit.baselines import dense_forward
 from mmseg_msvit.command_line import InputError, one_line_errors, positive
 from mmseg_msvit.dense_pass import evenly
-from mmseg_msvit.testset import load_config, load_model, load_testset
+from mmseg_msvit.testset import iou_metric, load_config, load_model, load_testset
 from mmseg_msvit.timing import paired_ratios, timed
 
 
@@ -73,9 +72,7 @@ def main() -> None:
     }
     seconds = {name: [] for name in functions}
     agreement = {name: [] for name in functions}
-    metrics = {name: IoUMetric(iou_metrics=['mIoU']) for name in functions}
-    for metric in metrics.values():
-        metric.dataset_meta = dataset.metainfo
+    metrics = {name: iou_metric(config, dataset) for name in functions}
     chosen = evenly(range(len(dataset)), args.limit or len(dataset))
     for turn, i in enumerate(track([chosen[0], *chosen], 'images')):  # the first once more, to warm up
         data, truth = pseudo_collate([dataset[i]]), None

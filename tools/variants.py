@@ -23,11 +23,12 @@ from mmengine.runner import Runner
 from torch.nn import Module
 
 from mmseg_msvit.arena import dense, play, score_gates, score_random, smaller
-from mmseg_msvit.command_line import InputError, claim, one_line_errors, positive, write_whole
+from mmseg_msvit.command_line import InputError, claim, digest, one_line_errors, positive, write_whole
 from mmseg_msvit.dense_pass import find_test_images, gather
 from mmseg_msvit.flops import PLAIN_VITS
 from mmseg_msvit.gate_fitting import shared_size
 from mmseg_msvit.testset import FileReader, load_config, load_model
+from mmseg_msvit.whole_models import OF_GATES
 
 CONTEXT = dict(type='ContextGate')
 SHAPING = dict(type='GeneralizedBatchShapingLoss')
@@ -65,7 +66,12 @@ def variant_config(converted: Path, name: str, crop: Optional[int]) -> Config:
     config.model.backbone = ConfigDict({**backbone, **changes})
     if 'gate_loss' in changes:
         config.custom_hooks = [*config.get('custom_hooks', []), dict(type='GateLossHook')]
-        config.optim_wrapper.paramwise_cfg = dict(config.optim_wrapper.get('paramwise_cfg', {}), gate_lr_mult=10.0)
+        wrapper = config.optim_wrapper
+        options = dict(gate_lr_mult=10.0)
+        if wrapper.get('constructor') != 'MSViTLayerDecayConstructor':  # others read custom_keys alone
+            faster = {name: dict(lr_mult=10.0) for name in (*OF_GATES, 'backbone.gate_losses.')}
+            options = dict(custom_keys={**(wrapper.get('paramwise_cfg') or {}).get('custom_keys', {}), **faster})
+        wrapper.paramwise_cfg = {**(wrapper.get('paramwise_cfg') or {}), **options}
     if crop is not None:
         config.model.data_preprocessor.size = (crop, crop)
         for transform in config.train_dataloader.dataset.pipeline:
@@ -154,8 +160,11 @@ def main() -> None:
         raise InputError(f'--converted: wanted a folder for each checkpoint, {wanted}, got {got}')
     args.out.mkdir(parents=True, exist_ok=True)
     file, base = args.out / 'variants.json', load_config(args.config)
-    for seed, checkpoint in enumerate(args.checkpoints):
-        claim(args.out / f'checkpoint_{seed}.sha256', checkpoint)
+    for seed, (checkpoint, converted) in enumerate(zip(args.checkpoints, args.converted)):
+        claim(
+            args.out / f'of_{seed}.json', checkpoint=digest(checkpoint), config=base.pretty_text, budget=args.budget,
+            converted=digest(str(converted / 'checkpoint.pth')),
+        )  # fmt: skip
     runs = json.loads(file.read_text()) if file.exists() else []
     for name in args.variants:
         for seed, (checkpoint, converted) in enumerate(zip(args.checkpoints, args.converted)):
