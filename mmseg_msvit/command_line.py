@@ -8,6 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterator
 
+import torch
+
+# Where a tool runs unless it is told.
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+
 
 class InputError(ValueError):
     """What a user gave cannot be used; the message alone says why, so that tools show no traceback."""

@@ -162,7 +162,7 @@ class DoubtLoss(ShareLoss):
         target_coarse: the share of regions whose target is above one half. How far above the least doubt of a step that
             is, is a running mean over the steps, and part of a checkpoint.
         target_warmup: see :class:`ShareLoss`.
-        momentum: of that mean.
+        momentum: of the running mean of what ``target_coarse`` sets.
     """
 
     default_name = 'loss_doubt'

@@ -50,10 +50,11 @@ class MixedScale(Gated, TakesWeights):
     Args:
         scales: pixels along a token's side at each level, the finest first, each a multiple of the one before. The
             first is ``patch_size``.
-        gate: config of the gate; each coarse level has one of its own, built from it.
-        gate_loss: config, or list of configs, of the losses that train the gate; None for none. They are added to the
-            segmentor's losses by ``GateLossHook``. A gate without trainable parameters gets none. Each coarse level has
-            its own, those of coarser levels than the first with ``_2``, ``_3`` after their names.
+        gate: config of the gate, None for an :class:`.MLPGate`; each coarse level has one of its own, built from it.
+        gate_loss: config, or list of configs, of the losses that train the gate; None for none, ``'default'`` for a
+            :class:`.GeneralizedBatchShapingLoss`. They are added to the segmentor's losses by ``GateLossHook``. A gate
+            without trainable parameters gets none. Each coarse level has its own, those of coarser levels than the
+            first with ``_2``, ``_3`` after their names.
         train_tokens: which tokens a training step computes while the gate learns, see :class:`TokenSelector`.
         coarse_embed: ``'resize'`` embeds the area mean of a region; ``'resize+detail'`` adds a :class:`CoarseDetail`.
         out_detail: what the cells of a coarse token have beside what it says of all of them. ``'smooth'``: something

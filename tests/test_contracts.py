@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def step(request):
 
 def with_hook(model):
     hook = HOOKS.build(dict(type='GateLossHook'))
-    hook.before_train(type('Runner', (), {'model': model}))
+    hook.before_train(SimpleNamespace(model=model, iter=0))
 
 
 def test_a_gate_loss_is_a_finite_number_that_teaches_the_gate(step):

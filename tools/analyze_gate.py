@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from mmseg_msvit.command_line import one_line_errors
+from mmseg_msvit.command_line import DEVICE, one_line_errors
 from mmseg_msvit.gate_report import Analysis, page
 from mmseg_msvit.testset import ignore_index, load_config, load_model, load_testset
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument('checkpoint')
     parser.add_argument('--out', type=Path, help='JSON file for the numbers')
     parser.add_argument('--html', type=Path, help='HTML file for the page; nothing else is needed to show it')
-    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--device', default=DEVICE)
     args = parser.parse_args()
 
     config = load_config(args.config)

@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 from mmseg_msvit.arena import CHOOSERS, dense, play, score_gates, smaller
-from mmseg_msvit.command_line import claim, digest, one_line_errors, positive, write_whole
+from mmseg_msvit.command_line import DEVICE, claim, digest, one_line_errors, positive, write_whole
 from mmseg_msvit.dense_pass import find_images, find_test_images, gather
 from mmseg_msvit.flops import PLAIN_VITS
 from mmseg_msvit.gate_fitting import convert, fit, shared_size
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument('--fit-images', type=int, default=500, help='at most so many images of training')
     parser.add_argument('--limit', type=int, help='of the test set, the first so many images')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/arena'))
-    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--device', default=DEVICE)
     args = parser.parse_args()
 
     config = load_config(args.config)

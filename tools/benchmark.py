@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmseg_msvit.baselines import dense_forward, first_values, fix_all_fine, force_gate
-from mmseg_msvit.command_line import InputError, one_line_errors, positive
+from mmseg_msvit.command_line import DEVICE, InputError, one_line_errors, positive
 from mmseg_msvit.flops import PLAIN_VITS, HeadMacs, dense_macs, prefix_tokens
 from mmseg_msvit.inspection import record_tokens
 from mmseg_msvit.mixed_scale import MixedScale
@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument('--repeat', type=positive, default=7, help='rounds that count')
     parser.add_argument('--compile', action='store_true', help='also with its backbone compiled by torch')
     parser.add_argument('--images', help='folder with images; drawn scenes without it')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--device', default=DEVICE)
     parser.add_argument('--amp', action='store_true', help='autocast to bfloat16')
     parser.add_argument('--json', type=Path, help='file for the numbers')
     args = parser.parse_args()

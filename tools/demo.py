@@ -18,7 +18,7 @@ import cv2
 from flask import Flask, Response, render_template_string, request, send_file
 from werkzeug.serving import make_server
 
-from mmseg_msvit.command_line import InputError, one_line_errors
+from mmseg_msvit.command_line import DEVICE, InputError, one_line_errors
 from mmseg_msvit.explorer import Explorer
 from mmseg_msvit.testset import FileReader, load_config, load_model, load_testset
 
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument('config', nargs='?', default=str(QUICKSTART[0]))
     parser.add_argument('checkpoint', nargs='?')
     parser.add_argument('--port', type=int, default=7860)
-    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--device', default=DEVICE)
     args = parser.parse_args()
     if args.checkpoint is None:
         if args.config != str(QUICKSTART[0]):

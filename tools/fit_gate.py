@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmseg_msvit.command_line import InputError, one_line_errors, positive
+from mmseg_msvit.command_line import DEVICE, InputError, one_line_errors, positive
 from mmseg_msvit.comparison import compare
 from mmseg_msvit.dense_pass import TARGETS, find_images, gather
 from mmseg_msvit.gate_fitting import KINDS, convert, dense_backbone, find_threshold, fit, shared_size, write
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument('--full-size', action='store_true', help='save tokens by coarse regions alone')
     parser.add_argument('--scales', type=positive, nargs='+', help="pixels of a token's side, as 16 32 64; None: two")
     parser.add_argument('--steps', type=positive, default=500, help='of the optimizer, each of 8 images')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--device', default=DEVICE)
     args = parser.parse_args()
     if not 0 < args.budget < 1:
         raise InputError(f'--budget: wanted a share of the tokens, in (0, 1), got {args.budget:g}')

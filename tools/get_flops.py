@@ -17,7 +17,7 @@ from typing import Dict, Optional
 from rich.console import Console
 from rich.table import Table
 
-from mmseg_msvit.command_line import one_line_errors, positive
+from mmseg_msvit.command_line import DEVICE, one_line_errors, positive
 from mmseg_msvit.flops import PARTS, PLAIN_VITS, HeadMacs, dense_cost, inference_cost, share_cost
 from mmseg_msvit.gates import LearnedGate
 from mmseg_msvit.metrics import summarize_costs
@@ -49,7 +49,7 @@ def main() -> None:
         '--shape', nargs=2, type=positive, metavar=('H', 'W'), help='one image size in place of a data set'
     )
     parser.add_argument('--json', type=Path, help='file for the numbers')
-    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--device', default=DEVICE)
     args = parser.parse_args()
 
     config = load_config(args.config)

@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 from rich.progress import track
 
-from mmseg_msvit.command_line import InputError, one_line_errors
+from mmseg_msvit.command_line import DEVICE, InputError, one_line_errors
 from mmseg_msvit.testset import FileReader, list_images, load_config, load_model, pair_truth, picture_names
 from mmseg_msvit.visualization import draw_image
 
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument('image', type=Path, help='an image, or a folder of images')
     parser.add_argument('--truth', type=Path, help='class ids of the image, or a folder of PNG files of the same names')
     parser.add_argument('--out', type=Path, default=Path('pictures'), help='folder for the pictures')
-    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--device', default=DEVICE)
     args = parser.parse_args()
 
     images = list_images(args.image)

@@ -15,10 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from mmengine.config import Config
 
-from mmseg_msvit.command_line import InputError, one_line_errors
+from mmseg_msvit.command_line import DEVICE, InputError, one_line_errors
 from mmseg_msvit.sweep import Run, curves, measure
 from mmseg_msvit.testset import load_config, load_testset
 from mmseg_msvit.visualization import draw_curves
@@ -57,7 +56,7 @@ def main() -> None:
     parser.add_argument('--thresholds', nargs='+', type=float, default=[0.1, 0.3, 0.5, 0.7, 0.9])
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='for what is trained')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/tradeoff'), help='folder for results and training')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--device', default=DEVICE)
     args = parser.parse_args()
 
     for _, config, _ in args.runs:

@@ -23,7 +23,7 @@ from mmengine.runner import Runner
 from torch.nn import Module
 
 from mmseg_msvit.arena import dense, play, score_gates, score_random, smaller
-from mmseg_msvit.command_line import InputError, claim, digest, one_line_errors, positive, write_whole
+from mmseg_msvit.command_line import DEVICE, InputError, claim, digest, one_line_errors, positive, write_whole
 from mmseg_msvit.dense_pass import find_test_images, gather
 from mmseg_msvit.flops import PLAIN_VITS
 from mmseg_msvit.gate_fitting import shared_size
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument('--crop', type=positive, help="pixels of a training image's side; else the config's")
     parser.add_argument('--budget', type=float, default=0.62, help='share of the dense tokens')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/variants'))
-    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--device', default=DEVICE)
     args = parser.parse_args()
 
     if len(args.converted) != len(args.checkpoints):
