@@ -37,7 +37,7 @@ class MSBEiT(MixedScale, BEiT):
         return None
 
     def places(self, tokens: TokenMap) -> Places:
-        return Places(relative=Relative.of(tokens, self.table, self.sides))
+        return Places(relative=Relative.of(tokens, self.pos_grid, self.sides))
 
 
 @MODELS.register_module()

@@ -127,14 +127,14 @@ def adapt(backbone: nn.Module, tensors: Dict[str, Tensor], prefix: str = '') -> 
                 source, how = torch.zeros_like(own), 'is zero: the source has none'
         elif name == 'pos_embed' and source.ndim == 3:
             source, how = resample_positions(
-                source, backbone.table, backbone.interpolate_mode, regions, backbone.sides[1]
+                source, backbone.pos_grid, backbone.interpolate_mode, regions, backbone.sides[1]
             )
         elif name.endswith('relative_position_index'):
             source = own  # it follows from the window
         elif source.shape == own.shape:
             continue
         elif name.endswith('relative_position_bias_table'):
-            source, how = resample_relative(source, backbone.table), f'{len(source)} -> {len(own)} offsets'
+            source, how = resample_relative(source, backbone.pos_grid), f'{len(source)} -> {len(own)} offsets'
         elif source.ndim == 4 and re.fullmatch(REGION_GRIDS, name):
             how = '{}x{} -> {}x{}'.format(*source.shape[2:], *own.shape[2:])
             source = resample_grid(source.float(), own.shape[2:])

@@ -27,7 +27,7 @@ class Gated:
     def build_gates(self, gate: Optional[dict], gate_loss: Union[dict, List[dict], None]) -> None:
         """Builds a gate for each coarse level of ``self.scales``, and, if they learn, ``self.gate_losses``.
 
-        Wants ``sides``, ``table``, ``in_channels`` and ``embed_dims`` to be there, too.
+        Wants ``sides``, ``pos_grid``, ``in_channels`` and ``embed_dims`` to be there, too.
 
         Args:
             gate: config of each gate; None for the paper's.
@@ -37,7 +37,7 @@ class Gated:
             ValueError: a config is not of a gate or of a loss, or two losses have one name.
         """
         gates = []
-        shapes = [(scale, region_grid(self.table, side)) for scale, side in zip(self.scales[1:], self.sides[1:])]
+        shapes = [(scale, region_grid(self.pos_grid, side)) for scale, side in zip(self.scales[1:], self.sides[1:])]
         for level, (scale, grid) in enumerate(shapes, 1):
             shape = dict(in_channels=self.in_channels, region=scale, grid=grid, embed_dims=self.embed_dims)
             gates.append(_build('gate', _gate_of_level(gate or dict(type='MLPGate'), level), Gate, **shape))

@@ -116,7 +116,7 @@ class MixedScale(Gated, TakesWeights):
         self.patch_embed = PatchRows(self.patch_embed)
         if not hasattr(self, 'drop_after_pos'):
             self.drop_after_pos = nn.Identity()
-        self.table = self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
+        self.pos_grid = self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
         self.register_tokens = None
         if num_register_tokens:
             self.register_tokens = nn.Parameter(torch.zeros(1, num_register_tokens, self.embed_dims))
@@ -261,7 +261,7 @@ class MixedScale(Gated, TakesWeights):
 
     def position(self, tokens: TokenMap) -> Optional[Tensor]:
         """What is added to every token that an image can have, as :func:`table_positions`; None for nothing."""
-        return table_positions(self.pos_embed, self.table, tokens.grid, self.sides, self.interpolate_mode)
+        return table_positions(self.pos_embed, self.pos_grid, tokens.grid, self.sides, self.interpolate_mode)
 
     def places(self, tokens: TokenMap) -> Places:
         """What the attention needs of the places of tokens."""

@@ -58,7 +58,7 @@ def _interpolate(table: Tensor, size: Grid, mode: str) -> Tensor:
     return F.interpolate(wide(table), size=size, mode=mode, align_corners=align, antialias=antialias)
 
 
-def table_positions(pos_embed: Tensor, table: Grid, grid: Grid, sides: Sequence[int], mode: str) -> Tensor:
+def table_positions(pos_embed: Tensor, pos_grid: Grid, grid: Grid, sides: Sequence[int], mode: str) -> Tensor:
     """Positions of every token that an image can have.
 
     The table is resampled to the image's grid as mmseg's ViT does it, but whenever (h, w) differ, not only their
@@ -66,7 +66,7 @@ def table_positions(pos_embed: Tensor, table: Grid, grid: Grid, sides: Sequence[
 
     Args:
         pos_embed: (1, 1 + gh * gw, C), cls first.
-        table: (gh, gw).
+        pos_grid: (gh, gw) of the table.
         grid: (h, w) of the image.
         sides: cells along a token's side at each level, beginning with 1.
         mode: interpolation mode.
@@ -74,7 +74,7 @@ def table_positions(pos_embed: Tensor, table: Grid, grid: Grid, sides: Sequence[
     Returns:
         (T + 1, C), coarsest level first, each in raster order, and cls last.
     """
-    cells = pos_embed[:, 1:].unflatten(1, table).permute(0, 3, 1, 2)  # (1, C, gh, gw), channels last: it pools fast
+    cells = pos_embed[:, 1:].unflatten(1, pos_grid).permute(0, 3, 1, 2)  # (1, C, gh, gw), channels last: it pools fast
     cells = resample_table(cells, grid, mode).contiguous(memory_format=torch.channels_last)
     # Divides by what exists; ONNX wants to be told so in two ways.
     pooled = partial(F.avg_pool2d, cells, ceil_mode=True, count_include_pad=False)

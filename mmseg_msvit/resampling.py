@@ -24,7 +24,7 @@ def resample_grid(parameter: Tensor, grid: Grid) -> Tensor:
 
 
 def resample_positions(
-    source: Tensor, table: Grid, mode: str, regions: Optional[Grid] = None, side: int = 2
+    source: Tensor, pos_grid: Grid, mode: str, regions: Optional[Grid] = None, side: int = 2
 ) -> Tuple[Tensor, Optional[str]]:
     """A source's position table on the model's grid.
 
@@ -33,7 +33,7 @@ def resample_positions(
 
     Args:
         source: (1, extra + cells, C), where extra are the positions of cls and distillation tokens, 0 to 2 of them.
-        table: (gh, gw) of the model.
+        pos_grid: (gh, gw) of the model.
         mode: interpolation mode.
         regions: (hc, wc), the region grid of the source's gate, if it has one.
         side: cells along a region's side.
@@ -45,38 +45,38 @@ def resample_positions(
     Raises:
         ValueError: the source's grid cannot be told.
     """
-    table = tuple(table)
-    extra, grid = source_grid(source.shape[1], table, regions, side)
-    if grid == table and extra == 1:
+    pos_grid = tuple(pos_grid)
+    extra, grid = source_grid(source.shape[1], pos_grid, regions, side)
+    if grid == pos_grid and extra == 1:
         return source, None
     cls = source[:, :1] if extra else torch.zeros_like(source[:, :1])
     cells = torch.cat((cls, source[:, extra:]), 1)
-    if grid == table and extra == 0:
+    if grid == pos_grid and extra == 0:
         return cells, 'without cls'
-    how = f'{grid[0]}x{grid[1]} -> {table[0]}x{table[1]}' + ('' if extra == 1 else f', {extra} extra positions')
-    if grid == table:
+    how = f'{grid[0]}x{grid[1]} -> {pos_grid[0]}x{pos_grid[1]}' + ('' if extra == 1 else f', {extra} extra positions')
+    if grid == pos_grid:
         return cells, how
     grid = cells[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2).float()  # (1, C, gh, gw)
-    return torch.cat((cells[:, :1].float(), resample_table(grid, table, mode).flatten(2).mT), 1), how
+    return torch.cat((cells[:, :1].float(), resample_table(grid, pos_grid, mode).flatten(2).mT), 1), how
 
 
 def source_grid(
-    count: int, table: Optional[Grid] = None, regions: Optional[Grid] = None, side: int = 2
+    count: int, pos_grid: Optional[Grid] = None, regions: Optional[Grid] = None, side: int = 2
 ) -> Tuple[int, Grid]:
     """Extra positions and grid of a table of so many positions; arguments and errors of :func:`resample_positions`."""
     for extra in (1, 0, 2):
         grids = _grids_of_regions(count - extra, regions, side) if regions else []
-        if table in grids:
-            return extra, table
+        if pos_grid in grids:
+            return extra, pos_grid
         if len(grids) == 1:
             return extra, grids[0]
     for extra in (1, 0, 2):
         cells = count - extra
-        if table and cells == table[0] * table[1]:
-            return extra, table
+        if pos_grid and cells == pos_grid[0] * pos_grid[1]:
+            return extra, pos_grid
         if cells > 0 and math.isqrt(cells) ** 2 == cells:
             return extra, (math.isqrt(cells),) * 2
-    wanted = f'a square grid or of {table}' if table else 'a square grid'
+    wanted = f'a square grid or of {pos_grid}' if pos_grid else 'a square grid'
     raise ValueError(
         f'checkpoint: wanted pos_embed of {wanted}, with at most 2 more tokens, got {count} '
         "positions. Set the backbone's img_size to the one that the checkpoint was trained with: positions are "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
+from matplotlib.figure import Figure
 from mmengine.dataset import BaseDataset, pseudo_collate
 from mmengine.logging import MMLogger
 from mmseg.evaluation import IoUMetric
@@ -151,3 +152,35 @@ def curves(points: Sequence[dict]) -> Dict[str, List[dict]]:
     for curve in found.values():
         curve.sort(key=lambda point: point['gmacs'])
     return found
+
+
+def draw_curves(curves: Dict[str, List[dict]]) -> Figure:
+    """mIoU over GMACs and over time, side by side.
+
+    Args:
+        curves: by :func:`curves`.
+    """
+    figure = Figure(figsize=(10, 4), dpi=120, layout='constrained')
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (key, label) in zip(
+        panels,
+        (('gmacs', 'GMACs of an image, backbone and head'), ('milliseconds', 'milliseconds of an image, median')),
+    ):
+        for i, (name, curve) in enumerate(curves.items()):
+            x, y, spread = ([point[what] for point in curve] for what in (key, 'miou', 'miou_std'))
+            marker = 's' if curve[0]['threshold'] is None else 'o'
+            axes.errorbar(
+                x, y, yerr=spread if any(spread) else None, marker=marker, capsize=3, label=name, color=f'C{i}'
+            )
+            for point in curve:
+                if point['threshold'] is not None:
+                    axes.annotate(
+                        f'{point["threshold"]:g}', (point[key], point['miou']), xytext=(4, -11),
+                        textcoords='offset points', fontsize=8, color=f'C{i}',
+                    )  # fmt: skip
+        axes.set_xlabel(label)
+        axes.set_xlim(0, 1.03 * axes.get_xlim()[1])
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel('mIoU')
+    panels[0].legend()
+    return figure

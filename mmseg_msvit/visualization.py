@@ -1,6 +1,6 @@
 """Pictures of what the gate does."""
 
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, Optional, Sequence
 
 import cv2
 import numpy as np
@@ -57,49 +57,49 @@ def draw_tokens(
 
 def paint_classes(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
     """Class ids (H, W) to colours (H, W, 3) uint8; ids beyond the palette, such as 255, are black."""
-    table = np.zeros((256, 3), np.uint8)
-    table[: len(palette)] = palette
-    return table[labels]
+    colours = np.zeros((256, 3), np.uint8)
+    colours[: len(palette)] = palette
+    return colours[labels]
 
 
-def token_figure(
+def sample_figure(
+    backbone: MixedScale,
+    tokens: TokenMap,
+    decision: Optional[Decision],
     image: np.ndarray,
-    rows: np.ndarray,
-    levels: np.ndarray,
-    probabilities: Sequence[np.ndarray],
-    patch: int,
-    sides: Sequence[int],
-    palette: Sequence[Sequence[int]] = (),
-    prediction: Optional[np.ndarray] = None,
+    sample: SegDataSample,
+    palette: Sequence[Sequence[int]],
     truth: Optional[np.ndarray] = None,
 ) -> np.ndarray:
-    """Image, token grid, the gates' probabilities, prediction and truth side by side.
+    """Image, token grid, the gates' probabilities, prediction and truth side by side, at the size the backbone saw.
 
     Args:
-        image: (H, W, 3) uint8 RGB, as the backbone saw it.
-        rows: (h, w) int, a number for the token that covers each cell.
-        levels: (h, w) int, its level.
-        probabilities: of coarse, (hc, wc) for each coarse level, the finest first.
-        patch: pixels along a cell's side.
-        sides: cells along a token's side at each level, beginning with 1.
+        backbone: of the segmentor.
+        tokens: of the image alone.
+        decision: of its gates; None where none has decided.
+        image: (H, W, 3) uint8 RGB, of any size.
+        sample: the segmentor's result.
         palette: colours of the classes.
-        prediction: (H, W) class ids, or None.
-        truth: (H, W) class ids, or None.
+        truth: (H', W') class ids; None takes those of the sample, if it has any.
 
     Returns:
         (height, width, 3) uint8 RGB.
     """
-    panels = [
-        ('image', image),
-        (f'{len(np.unique(rows))} tokens of {rows.size}', draw_tokens(image, rows, levels, patch, sides)),
-    ]
-    for probability, side in zip(probabilities, sides[1:]):
-        of = '' if len(probabilities) == 1 else f', {patch * side} px'
-        panels.append((f'probability of coarse{of}', (probability, patch * side)))
-    for name, labels in (('prediction', prediction), ('truth', truth)):
+    height, width = seen_size(backbone, tokens, sample)
+    image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    rows, levels = tokens.cover[0, 0].cpu().numpy(), tokens.levels()[0].cpu().numpy()  # (h, w)
+    grid = draw_tokens(image, rows, levels, backbone.patch_size, backbone.sides)
+    panels = [('image', image), (f'{len(np.unique(rows))} tokens of {rows.size}', grid)]
+    logits = decision.logits if decision else ()
+    for level, region in zip(logits, backbone.scales[1:]):
+        of = '' if len(logits) == 1 else f', {region} px'
+        panels.append((f'probability of coarse{of}', (level[0].sigmoid().cpu().numpy(), region)))
+    if truth is None and 'gt_sem_seg' in sample:
+        truth = sample.gt_sem_seg.data[0].cpu().numpy()
+    for name, labels in (('prediction', sample.pred_sem_seg.data[0].cpu().numpy()), ('truth', truth)):
         if labels is not None:
+            labels = cv2.resize(labels.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
             panels.append((name, paint_classes(labels, palette)))
-    height, width = image.shape[:2]
     panel = max(PANEL_PIXELS, width) / 100  # inches at 100 dots per inch
     figure = Figure(figsize=(panel * len(panels), panel * height / width + 0.4), dpi=100, layout='constrained')
     for axes, (title, picture) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
@@ -117,49 +117,6 @@ def token_figure(
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def sample_figure(
-    backbone: MixedScale,
-    tokens: TokenMap,
-    decision: Optional[Decision],
-    image: np.ndarray,
-    sample: SegDataSample,
-    palette: Sequence[Sequence[int]],
-    truth: Optional[np.ndarray] = None,
-) -> np.ndarray:
-    """:func:`token_figure` of what a segmentor made of one image.
-
-    Args:
-        backbone: of the segmentor.
-        tokens: of the image alone.
-        decision: of its gates; None where none has decided.
-        image: (H, W, 3) uint8 RGB, of any size.
-        sample: the segmentor's result.
-        palette: colours of the classes.
-        truth: (H', W') class ids; None takes those of the sample, if it has any.
-
-    Returns:
-        (height, width, 3) uint8 RGB; all panels show the size that the backbone saw.
-    """
-    height, width = seen_size(backbone, tokens, sample)
-
-    def labels(values):
-        return cv2.resize(values.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
-
-    if truth is None and 'gt_sem_seg' in sample:
-        truth = sample.gt_sem_seg.data[0].cpu().numpy()
-    return token_figure(
-        cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA),
-        tokens.cover[0, 0].cpu().numpy(),
-        tokens.levels()[0].cpu().numpy(),
-        [logits[0].sigmoid().cpu().numpy() for logits in (decision.logits if decision else ())],
-        backbone.patch_size,
-        backbone.sides,
-        palette,
-        labels(sample.pred_sem_seg.data[0].cpu().numpy()),
-        None if truth is None else labels(truth),
-    )
 
 
 def sample_pictures(
@@ -236,35 +193,3 @@ def draw_image(
     """
     sample, tokens, decision = look(model, data)
     return sample_figure(find_msvit(model), tokens, decision, to_rgb(data['inputs']), sample, palette, truth)
-
-
-def draw_curves(curves: Dict[str, List[dict]]) -> Figure:
-    """mIoU over GMACs and over time, side by side.
-
-    Args:
-        curves: by :func:`.sweep.curves`.
-    """
-    figure = Figure(figsize=(10, 4), dpi=120, layout='constrained')
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, (key, label) in zip(
-        panels,
-        (('gmacs', 'GMACs of an image, backbone and head'), ('milliseconds', 'milliseconds of an image, median')),
-    ):
-        for i, (name, curve) in enumerate(curves.items()):
-            x, y, spread = ([point[what] for point in curve] for what in (key, 'miou', 'miou_std'))
-            marker = 's' if curve[0]['threshold'] is None else 'o'
-            axes.errorbar(
-                x, y, yerr=spread if any(spread) else None, marker=marker, capsize=3, label=name, color=f'C{i}'
-            )
-            for point in curve:
-                if point['threshold'] is not None:
-                    axes.annotate(
-                        f'{point["threshold"]:g}', (point[key], point['miou']), xytext=(4, -11),
-                        textcoords='offset points', fontsize=8, color=f'C{i}',
-                    )  # fmt: skip
-        axes.set_xlabel(label)
-        axes.set_xlim(0, 1.03 * axes.get_xlim()[1])
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel('mIoU')
-    panels[0].legend()
-    return figure

@@ -43,7 +43,7 @@ def test_bias_of_two_tokens_is_the_mean_over_the_pairs_of_their_cells(scales, si
     model = build('BEiT', scales=scales, gate=dict(type='RandomGate', coarse_ratio=0.4)).double()
     _, tokens, _ = model.tokenize(torch.randn(2, 3, *size, dtype=torch.float64))
     layer = model.layers[0].attn
-    relative = Relative.of(tokens, model.table, model.sides)
+    relative = Relative.of(tokens, model.pos_grid, model.sides)
     table = layer.relative_position_bias_table[:-3].unflatten(0, (2 * 4 - 1, 2 * 6 - 1))  # (7, 11, heads)
     h, w = tokens.grid
     y, x = (torch.arange(h * w) // w, torch.arange(h * w) % w)

@@ -389,7 +389,7 @@ def learned(img_size):
     """An MSViT whose tables are smooth, so that a resampled one can be told from a scrambled one."""
     model = build(img_size=img_size, **LEARNED)
     with torch.no_grad():
-        for table in (model.pos_embed[:, 1:].unflatten(1, model.table).permute(0, 3, 1, 2), model.gate.pos_embed):
+        for table in (model.pos_embed[:, 1:].unflatten(1, model.pos_grid).permute(0, 3, 1, 2), model.gate.pos_embed):
             rows, columns = (torch.linspace(-1, 1, n + 1)[1:] for n in table.shape[2:])
             table.copy_((rows[:, None] + 2 * columns).expand_as(table))
         prior = model.gate_losses[0].prior_mean_logit
@@ -416,7 +416,7 @@ def test_positions_gate_and_priors_of_another_image_size(how, source, target, tm
         runner.load_checkpoint(path)
         model = runner.model.backbone
     grid = model.gate.grid
-    table = VisionTransformer.resize_pos_embed(source.pos_embed, model.table, source.table, 'bicubic')
+    table = VisionTransformer.resize_pos_embed(source.pos_embed, model.pos_grid, source.pos_grid, 'bicubic')
     torch.testing.assert_close(model.pos_embed.data, table.data)
     for name in ('gate.pos_embed', 'gate_losses.0.prior_mean_logit', 'gate_losses.0.prior_log_temperature'):
         wanted = nn.functional.interpolate(source.state_dict()[name], grid, mode='bilinear')

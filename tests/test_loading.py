@@ -42,7 +42,7 @@ def check(backbone, wanted, *size):
     ('vit_tiny_patch16_224', dict(img_size=64, mlp_ratio=2, class_token=False, global_pool='avg', fc_norm=False),
      dict(num_heads=3, with_cls_token=False)),
     ('vit_small_patch14_reg4_dinov2', dict(img_size=70),
-     dict(patch_size=14, scales=(14, 28), table=(5, 5), interpolate_mode='bicubic-antialias')),
+     dict(patch_size=14, scales=(14, 28), pos_grid=(5, 5), interpolate_mode='bicubic-antialias')),
     ('vit_giant_patch14_dinov2', dict(img_size=70, embed_dim=128, num_heads=2, mlp_ratio=5.375), dict(num_heads=2)),
     ('vit_small_patch16_dinov3', dict(img_size=64), dict(rope='dinov3')),
 ])  # fmt: skip
@@ -74,7 +74,7 @@ def test_the_real_dinov2(shared):
         names = {n: new.replace(f'attention.attention.{old}', f'attention.{old[0]}_proj') for n, new in names.items()}
     source.load_state_dict({names[n]: tensor for n, tensor in load_file(path).items()}, strict=False)
     backbone = load_backbone(path, **FINE)
-    assert backbone.table == (37, 37) and backbone.layers[0].gamma_1 is not None
+    assert backbone.pos_grid == (37, 37) and backbone.layers[0].gamma_1 is not None
     check(backbone, lambda images: source.eval()(images).last_hidden_state, 98, 154)
 
 

@@ -18,9 +18,8 @@ from pathlib import Path
 from mmengine.config import Config
 
 from mmseg_msvit.command_line import DEVICE, InputError, one_line_errors
-from mmseg_msvit.sweep import Run, curves, measure
+from mmseg_msvit.sweep import Run, curves, draw_curves, measure
 from mmseg_msvit.testset import load_config, load_testset
-from mmseg_msvit.visualization import draw_curves
 
 
 def parse(text: str) -> tuple:
