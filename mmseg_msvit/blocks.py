@@ -46,7 +46,7 @@ class Block(nn.Module):
         self,
         norms: Dict[str, nn.Module],
         attn: 'Attention',
-        ffn: 'FeedForward',
+        ffn: nn.Module,
         gammas: Optional[Tuple[Tensor, Tensor]] = None,
         drops: Tuple[float, float] = (0.0, 0.0),
     ):
@@ -201,7 +201,7 @@ class FeedForward(nn.Module):
         return tokens * linear_weights(self)
 
 
-class SwiGLU(FeedForward):
+class SwiGLU(nn.Module):
     """w3(silu(a) * b), where a and b are the halves of w12(x), as in DINOv2-g and DINOv3 (Shazeer 2020).
 
     Args:
@@ -211,7 +211,7 @@ class SwiGLU(FeedForward):
     """
 
     def __init__(self, dims: int, mlp_ratio: float, drop: float):
-        nn.Module.__init__(self)
+        super().__init__()
         hidden = swiglu_width(dims, mlp_ratio)
         self.w12 = nn.Linear(dims, 2 * hidden)
         self.w3 = nn.Linear(hidden, dims)
@@ -220,6 +220,9 @@ class SwiGLU(FeedForward):
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.w12(x).chunk(2, dim=-1)
         return self.drop(self.w3(F.silu(a) * b))
+
+    def macs(self, tokens: int) -> int:
+        return tokens * linear_weights(self)
 
 
 def swiglu_width(dims: int, mlp_ratio: float) -> int:

@@ -143,6 +143,7 @@ def gather(
             (sample,) = model.test_step(pseudo_collate([deepcopy(data)]))
         finally:
             del model.encode_decode
+        assert len({box for box, _ in seen}) == len(seen), 'windows are no longer views, their places not known'
         windows += [Window(len(examples), box, shares) for box, shares in seen]
         prediction = sample.pred_sem_seg.data[0].cpu()
         examples.append(Example(data, prediction.to(torch.uint8 if prediction.max() < 256 else torch.int32), labels))

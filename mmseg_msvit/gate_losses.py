@@ -1,7 +1,7 @@
 """Losses that train the gate. Each is a module that the backbone owns, since some have parameters.
 
-They see the noise-free logits: fed the noisy decision values, batch shaping is satisfied by the noise itself.
-Pure functions come first; the registered modules wrap them.
+They see the noise-free logits: fed the noisy decision values, batch shaping is satisfied by the noise itself. Priors
+are those of :mod:`.distributions`.
 """
 
 import math

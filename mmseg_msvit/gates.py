@@ -16,9 +16,10 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from .blocks import linear_weights
-from .checkpoint import misshapen, resample_grid
+from .checkpoint import misshapen
 from .embedding import area_mean, mean_weights, patchify
 from .reading import read_checkpoint, tensors_below
+from .resampling import resample_grid
 
 # A decided gate's logit: sigmoid(20) is 1 - 2e-9, so that it is beyond any threshold that one would set.
 CERTAIN = 20.0

@@ -1,4 +1,4 @@
-"""The way from packed tokens back to the grid of cells.
+"""What a tokenisation is: a map from cells to rows, and the way between packed tokens and the grid of cells.
 
 A :class:`TokenMap` says which row of a pack covers each cell; it knows neither gates nor scales. The tokens of a batch
 lie one after the other, image after image, in one pack of N rows without padding.

@@ -37,7 +37,7 @@ class TakesWeights:
     def init_weights(self) -> None:
         """As the library's ViT; gates, and what else is not the library's, keep their own first values.
 
-        A checkpoint that ``init_cfg`` or ``pretrained`` names may be of any layout that :mod:`.checkpoint` knows, and
+        A checkpoint that ``init_cfg`` or ``pretrained`` names may be of any layout that :mod:`.layouts` knows, and
         of several models one, by ``init_cfg``'s ``prefix``; the log says what was made of it. With
         ``resample_patch=True`` in ``init_cfg`` it may be of another patch size.
 
