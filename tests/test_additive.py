@@ -7,11 +7,11 @@ from mmseg.registry import MODELS
 from torch.nn import functional as F
 
 from mmseg_msvit import MSViT
-from mmseg_msvit.baselines import all_fine
 from mmseg_msvit.embedding import pad_to_regions, patchify
 from mmseg_msvit.gate_losses import GateLoss
 from mmseg_msvit.gates import Gate
 from mmseg_msvit.mixed_scale import MixedScale
+from mmseg_msvit.tooling.baselines import all_fine
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ from conftest import ROOT, build_runner
 from mmengine.optim import build_optim_wrapper
 from mmseg.registry import MODELS
 
-from mmseg_msvit.arena import as_logits, play, score_doubt, score_random, told
-from mmseg_msvit.dense_pass import find_images, gather
-from mmseg_msvit.gate_fitting import convert
-from mmseg_msvit.testset import FileReader, load_config, load_model
+from mmseg_msvit.tooling.arena import as_logits, play, score_doubt, score_random, told
+from mmseg_msvit.tooling.dense_pass import find_images, gather
+from mmseg_msvit.tooling.gate_fitting import convert
+from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from conftest import ROOT, randomize
 from mmseg.registry import MODELS
 from PIL import Image
 
-from mmseg_msvit.command_line import InputError
-from mmseg_msvit.explorer import Explorer
 from mmseg_msvit.inspection import as_dense, look
-from mmseg_msvit.testset import FileReader
+from mmseg_msvit.tooling.command_line import InputError
+from mmseg_msvit.tooling.explorer import Explorer
+from mmseg_msvit.tooling.testset import FileReader
 
 
 def build(config):
@@ -70,7 +70,7 @@ def test_pictures_have_one_size_and_say_what_they_should(explorer, image):
 
 
 def test_large_images_are_reduced_and_no_picture_is_refused(explorer, monkeypatch):
-    monkeypatch.setattr('mmseg_msvit.explorer.LONGEST', 100)
+    monkeypatch.setattr('mmseg_msvit.tooling.explorer.LONGEST', 100)
     _, jpeg = cv2.imencode('.jpg', np.zeros((200, 400, 3), np.uint8))
     assert explorer.open(jpeg.tobytes()).pixels.shape == (50, 100, 3)
     for broken in (b'', b'no picture', jpeg.tobytes()[:20]):

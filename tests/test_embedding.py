@@ -5,7 +5,7 @@ from conftest import build_msvit
 
 from mmseg_msvit.embedding import area_mean, pad_to_regions, patches_at, patchify
 from mmseg_msvit.positions import resample_by_products, resample_table, table_positions
-from mmseg_msvit.timing import peak_memory
+from mmseg_msvit.tooling.timing import peak_memory
 
 
 def test_patchify_is_a_convolutions_order():

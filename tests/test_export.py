@@ -20,10 +20,10 @@ from mmseg.registry import MODELS
 from torch import nn
 
 from mmseg_msvit.attention import attend, attend_padded
-from mmseg_msvit.command_line import InputError
 from mmseg_msvit.embedding import mean_weights
 from mmseg_msvit.inspection import record_tokens
-from mmseg_msvit.testset import FileReader
+from mmseg_msvit.tooling.command_line import InputError
+from mmseg_msvit.tooling.testset import FileReader
 from mmseg_msvit.versions import BEFORE_TORCH_26
 
 if BEFORE_TORCH_26:
@@ -32,7 +32,7 @@ onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
 
-from mmseg_msvit.export import AveragePool, export_onnx, metadata, save_onnx  # noqa: E402
+from mmseg_msvit.tooling.export import AveragePool, export_onnx, metadata, save_onnx  # noqa: E402
 
 FCN = dict(type='FCNHead', in_channels=32, channels=8, num_classes=5, in_index=0, num_convs=1, norm_cfg=dict(type='BN'))
 MASK = dict(

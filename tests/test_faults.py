@@ -17,10 +17,10 @@ from mmengine.config import Config
 from mmengine.runner.checkpoint import load_state_dict
 from mmseg.registry import MODELS
 
-from mmseg_msvit.command_line import InputError
 from mmseg_msvit.doubt import Teacher
 from mmseg_msvit.reading import read_checkpoint
-from mmseg_msvit.testset import load_model, load_testset
+from mmseg_msvit.tooling.command_line import InputError
+from mmseg_msvit.tooling.testset import load_model, load_testset
 
 
 def rewrite(folder, what):

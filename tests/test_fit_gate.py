@@ -17,10 +17,10 @@ from mmseg.apis import inference_model, init_model
 from mmseg.registry import MODELS
 
 from mmseg_msvit.doubt import class_shares, region_doubt
-from mmseg_msvit.gate_fitting import convert, shared_size
 from mmseg_msvit.inspection import record_tokens
-from mmseg_msvit.testset import FileReader, load_config
-from mmseg_msvit.toy_scenes import scene
+from mmseg_msvit.tooling.gate_fitting import convert, shared_size
+from mmseg_msvit.tooling.testset import FileReader, load_config
+from mmseg_msvit.tooling.toy_scenes import scene
 
 DENSE = 'configs/toy/segmenter_vit-mini_mask_1xb8-400_toy-scenes-256x256.py'
 SIZE = 128

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from mmseg_msvit import load_backbone, loading, pass_costs, record_tokens
 from mmseg_msvit.inspection import coarse_regions
-from mmseg_msvit.sweep import set_threshold
+from mmseg_msvit.tooling.sweep import set_threshold
 
 FINE = dict(gate=dict(type='FixedGate'))
 

@@ -19,11 +19,11 @@ from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmseg_msvit.command_line import InputError
 from mmseg_msvit.flops import HeadMacs
-from mmseg_msvit.sweep import set_threshold
-from mmseg_msvit.testset import FileReader, pair_truth, picture_names
-from mmseg_msvit.timing import in_turns, paired_ratios
+from mmseg_msvit.tooling.command_line import InputError
+from mmseg_msvit.tooling.sweep import set_threshold
+from mmseg_msvit.tooling.testset import FileReader, pair_truth, picture_names
+from mmseg_msvit.tooling.timing import in_turns, paired_ratios
 
 
 def test_tools_share_by_the_package_alone():
@@ -32,6 +32,11 @@ def test_tools_share_by_the_package_alone():
     for path in tools:
         text = path.read_text()
         assert 'sys.path' not in text and not re.search(rf'^\s*(from|import) ({names})\b', text, re.M), path
+
+
+def test_no_part_of_a_model_knows_what_the_tools_are_made_of():
+    parts = list((ROOT / 'mmseg_msvit').glob('*.py'))
+    assert len(parts) > 20 and not [path for path in parts if 'tooling' in path.read_text()]
 
 
 @pytest.fixture

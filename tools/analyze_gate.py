@@ -11,9 +11,9 @@ import argparse
 import json
 from pathlib import Path
 
-from mmseg_msvit.command_line import DEVICE, one_line_errors
-from mmseg_msvit.gate_report import Analysis, page
-from mmseg_msvit.testset import ignore_index, load_config, load_model, load_testset
+from mmseg_msvit.tooling.command_line import DEVICE, one_line_errors
+from mmseg_msvit.tooling.gate_report import Analysis, page
+from mmseg_msvit.tooling.testset import ignore_index, load_config, load_model, load_testset
 
 
 def main() -> None:

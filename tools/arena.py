@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from mmseg_msvit.arena import CHOOSERS, dense, play, score_gates, smaller
-from mmseg_msvit.command_line import DEVICE, claim, digest, one_line_errors, positive, write_whole
-from mmseg_msvit.dense_pass import find_images, find_test_images, gather
 from mmseg_msvit.flops import PLAIN_VITS
-from mmseg_msvit.gate_fitting import convert, fit, shared_size
-from mmseg_msvit.testset import FileReader, load_config, load_model
+from mmseg_msvit.tooling.arena import CHOOSERS, dense, play, score_gates, smaller
+from mmseg_msvit.tooling.command_line import DEVICE, claim, digest, one_line_errors, positive, write_whole
+from mmseg_msvit.tooling.dense_pass import find_images, find_test_images, gather
+from mmseg_msvit.tooling.gate_fitting import convert, fit, shared_size
+from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
 from mmseg_msvit.whole_models import OF_GATES
 
 # Fitted gates: name -> kind of gate, and what it is fitted to.

@@ -25,15 +25,15 @@ from mmengine.logging import MMLogger
 from rich.console import Console
 from rich.table import Table
 
-from mmseg_msvit.baselines import dense_forward, first_values, fix_all_fine, force_gate
-from mmseg_msvit.command_line import DEVICE, InputError, one_line_errors, positive
 from mmseg_msvit.flops import PLAIN_VITS, HeadMacs, dense_macs, prefix_tokens
 from mmseg_msvit.inspection import record_tokens
 from mmseg_msvit.mixed_scale import MixedScale
-from mmseg_msvit.testset import check_backbone, load_config
-from mmseg_msvit.timing import in_turns, paired_ratios, peak_memory
 from mmseg_msvit.tokens import region_grid
-from mmseg_msvit.toy_scenes import scene
+from mmseg_msvit.tooling.baselines import dense_forward, first_values, fix_all_fine, force_gate
+from mmseg_msvit.tooling.command_line import DEVICE, InputError, one_line_errors, positive
+from mmseg_msvit.tooling.testset import check_backbone, load_config
+from mmseg_msvit.tooling.timing import in_turns, paired_ratios, peak_memory
+from mmseg_msvit.tooling.toy_scenes import scene
 
 
 def load_images(folder, count: int, height: int, width: int) -> torch.Tensor:

@@ -25,8 +25,8 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from mmseg_msvit.attention import attend, attend_reference, has_varlen
-from mmseg_msvit.command_line import InputError, one_line_errors, positive
 from mmseg_msvit.hooks import GateLossHook
+from mmseg_msvit.tooling.command_line import InputError, one_line_errors, positive
 
 HALVES = (torch.bfloat16, torch.float16)
 

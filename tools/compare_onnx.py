@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mmseg_msvit.baselines import dense_forward
-from mmseg_msvit.command_line import InputError, one_line_errors, positive
-from mmseg_msvit.dense_pass import evenly
-from mmseg_msvit.testset import iou_metric, load_config, load_model, load_testset
-from mmseg_msvit.timing import paired_ratios, timed
+from mmseg_msvit.tooling.baselines import dense_forward
+from mmseg_msvit.tooling.command_line import InputError, one_line_errors, positive
+from mmseg_msvit.tooling.dense_pass import evenly
+from mmseg_msvit.tooling.testset import iou_metric, load_config, load_model, load_testset
+from mmseg_msvit.tooling.timing import paired_ratios, timed
 
 
 def through_file(path: Path, threshold: float, threads: int):

@@ -18,9 +18,9 @@ import cv2
 from flask import Flask, Response, render_template_string, request, send_file
 from werkzeug.serving import make_server
 
-from mmseg_msvit.command_line import DEVICE, InputError, one_line_errors
-from mmseg_msvit.explorer import Explorer
-from mmseg_msvit.testset import FileReader, load_config, load_model, load_testset
+from mmseg_msvit.tooling.command_line import DEVICE, InputError, one_line_errors
+from mmseg_msvit.tooling.explorer import Explorer
+from mmseg_msvit.tooling.testset import FileReader, load_config, load_model, load_testset
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = (

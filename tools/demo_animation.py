@@ -13,9 +13,9 @@ from typing import Dict, Optional
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mmseg_msvit.command_line import InputError, one_line_errors
-from mmseg_msvit.explorer import Explorer
-from mmseg_msvit.testset import FileReader, load_config, load_model
+from mmseg_msvit.tooling.command_line import InputError, one_line_errors
+from mmseg_msvit.tooling.explorer import Explorer
+from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
 
 FRAMES, MILLISECONDS = 12, 250
 GAP, TEXT = 12, (34, 34, 34)

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from mmseg_msvit.command_line import InputError, one_line_errors
-from mmseg_msvit.testset import load_config, load_model
+from mmseg_msvit.tooling.command_line import InputError, one_line_errors
+from mmseg_msvit.tooling.testset import load_config, load_model
 from mmseg_msvit.versions import BEFORE_TORCH_26
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     try:
         import onnxscript  # noqa: F401
 
-        from mmseg_msvit.export import export_onnx, metadata, save_onnx
+        from mmseg_msvit.tooling.export import export_onnx, metadata, save_onnx
     except ImportError as error:
         raise InputError(f'wanted the packages of mmseg_msvit[export], got {error}') from error
     if not args.out.parent.is_dir():

@@ -19,11 +19,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmseg_msvit.command_line import DEVICE, InputError, one_line_errors, positive
-from mmseg_msvit.comparison import compare
-from mmseg_msvit.dense_pass import TARGETS, find_images, gather
-from mmseg_msvit.gate_fitting import KINDS, convert, dense_backbone, find_threshold, fit, shared_size, write
-from mmseg_msvit.testset import FileReader, load_config, load_model
+from mmseg_msvit.tooling.command_line import DEVICE, InputError, one_line_errors, positive
+from mmseg_msvit.tooling.comparison import compare
+from mmseg_msvit.tooling.dense_pass import TARGETS, find_images, gather
+from mmseg_msvit.tooling.gate_fitting import KINDS, convert, dense_backbone, find_threshold, fit, shared_size, write
+from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
 from mmseg_msvit.visualization import draw_image
 
 

@@ -17,13 +17,13 @@ from typing import Dict, Optional
 from rich.console import Console
 from rich.table import Table
 
-from mmseg_msvit.command_line import DEVICE, one_line_errors, positive
 from mmseg_msvit.flops import PARTS, PLAIN_VITS, HeadMacs, dense_cost, inference_cost, share_cost
 from mmseg_msvit.gates import LearnedGate
 from mmseg_msvit.metrics import summarize_costs
 from mmseg_msvit.mixed_scale import MixedScale
-from mmseg_msvit.testset import load_config, load_model, load_testset, walk
 from mmseg_msvit.tokens import region_grid
+from mmseg_msvit.tooling.command_line import DEVICE, one_line_errors, positive
+from mmseg_msvit.tooling.testset import load_config, load_model, load_testset, walk
 
 SHARES = (0, 0.25, 0.5, 0.75, 1)
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from mmseg_msvit.command_line import DEVICE, InputError, one_line_errors
-from mmseg_msvit.sweep import Run, curves, draw_curves, measure
-from mmseg_msvit.testset import load_config, load_testset
+from mmseg_msvit.tooling.command_line import DEVICE, InputError, one_line_errors
+from mmseg_msvit.tooling.sweep import Run, curves, draw_curves, measure
+from mmseg_msvit.tooling.testset import load_config, load_testset
 
 
 def parse(text: str) -> tuple:

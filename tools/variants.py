@@ -22,12 +22,12 @@ from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 from torch.nn import Module
 
-from mmseg_msvit.arena import dense, play, score_gates, score_random, smaller
-from mmseg_msvit.command_line import DEVICE, InputError, claim, digest, one_line_errors, positive, write_whole
-from mmseg_msvit.dense_pass import find_test_images, gather
 from mmseg_msvit.flops import PLAIN_VITS
-from mmseg_msvit.gate_fitting import shared_size
-from mmseg_msvit.testset import FileReader, load_config, load_model
+from mmseg_msvit.tooling.arena import dense, play, score_gates, score_random, smaller
+from mmseg_msvit.tooling.command_line import DEVICE, InputError, claim, digest, one_line_errors, positive, write_whole
+from mmseg_msvit.tooling.dense_pass import find_test_images, gather
+from mmseg_msvit.tooling.gate_fitting import shared_size
+from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
 from mmseg_msvit.whole_models import OF_GATES
 
 CONTEXT = dict(type='ContextGate')

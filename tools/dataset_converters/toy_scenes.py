@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from rich.progress import track
 
-from mmseg_msvit.toy_scenes import scene
+from mmseg_msvit.tooling.toy_scenes import scene
 
 
 def write(out: Path, counts: dict, size: int, seed: int) -> None:

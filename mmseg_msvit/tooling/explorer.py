@@ -10,13 +10,13 @@ import cv2
 import numpy as np
 from torch import nn
 
+from ..flops import HeadMacs, pass_costs
+from ..inspection import as_dense, deciding_by, find_msvit, look
+from ..tokens import region_grid
+from ..visualization import sample_pictures
 from .command_line import InputError
-from .flops import HeadMacs, pass_costs
-from .inspection import as_dense, deciding_by, find_msvit, look
 from .testset import FileReader
 from .timing import timed
-from .tokens import region_grid
-from .visualization import sample_pictures
 
 # Larger images are reduced: a look should take no longer than a hand at a slider waits.
 LONGEST = 768

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..doubt import region_doubt
+from ..embedding import pad_to_regions, patchify
+from ..flops import add_up
+from ..tokens import Grid, region_grid
 from .comparison import label_areas, mean_iou, predict
 from .dense_pass import Example, Window, pixels
-from .doubt import region_doubt
-from .embedding import pad_to_regions, patchify
-from .flops import add_up
 from .gate_fitting import answers, threshold_within
-from .tokens import Grid, region_grid
 
 # Of each window, of each coarse level, the finest first: (1, hc, wc).
 Scores = List[List[Tensor]]

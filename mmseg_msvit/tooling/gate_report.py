@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from mmengine.dataset import BaseDataset
 from torch import nn
 
+from ..inspection import coarse_regions, find_msvit, look, seen_size
+from ..metrics import summarize
+from ..purity import IGNORE_INDEX, region_purity
+from ..visualization import sample_figure, to_rgb
 from .command_line import InputError
-from .inspection import coarse_regions, find_msvit, look, seen_size
-from .metrics import summarize
-from .purity import IGNORE_INDEX, region_purity
 from .testset import walk
-from .visualization import sample_figure, to_rgb
 
 # Bins of purity: the share of a region's commonest class.
 BINS = np.linspace(0.3, 1.0, 8)

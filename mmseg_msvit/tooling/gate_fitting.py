@@ -19,14 +19,14 @@ from mmseg.registry import MODELS
 from rich.progress import track
 from torch import Tensor, nn
 
+from ..doubt import doubt_scale, doubt_target, region_doubt
+from ..gates import FixedGate
+from ..mixed_scale import MixedScale
+from ..selection import TokenSelector
+from ..tokens import Grid
+from ..whole_models import OF_GATES
 from .command_line import InputError, write_whole
 from .dense_pass import Example, Window, pixels
-from .doubt import doubt_scale, doubt_target, region_doubt
-from .gates import FixedGate
-from .mixed_scale import MixedScale
-from .selection import TokenSelector
-from .tokens import Grid
-from .whole_models import OF_GATES
 
 # The mixed-scale backbone that takes over a dense one's weights, by the dense one's class.
 STANDS_IN = {'VisionTransformer': 'MSViT', 'BEiT': 'MSBEiT', 'MAE': 'MSMAE'}

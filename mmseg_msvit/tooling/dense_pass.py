@@ -15,11 +15,11 @@ from mmseg.structures import SegDataSample
 from rich.progress import track
 from torch import Tensor, nn
 
+from ..doubt import class_shares
+from ..purity import IGNORE_INDEX
+from ..tokens import Grid
 from .command_line import InputError
-from .doubt import class_shares
-from .purity import IGNORE_INDEX
 from .testset import FileReader, list_images, load_testset
-from .tokens import Grid
 
 TARGETS = ('mixed', 'labels')
 

@@ -13,13 +13,13 @@ from mmseg.evaluation import IoUMetric
 from rich.progress import track
 from torch import nn
 
+from ..flops import PLAIN_VITS, HeadMacs, add_up, dense_cost, pass_costs
+from ..inspection import find_msvit, record_tokens
+from ..mixed_scale import MixedScale
+from ..tokens import region_grid
 from .command_line import InputError
-from .flops import PLAIN_VITS, HeadMacs, add_up, dense_cost, pass_costs
-from .inspection import find_msvit, record_tokens
-from .mixed_scale import MixedScale
 from .testset import iou_metric, load_config, load_model, load_testset
 from .timing import timed
-from .tokens import region_grid
 
 
 @dataclass

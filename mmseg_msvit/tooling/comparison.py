@@ -10,10 +10,10 @@ from mmseg.evaluation import IoUMetric
 from rich.progress import track
 from torch import Tensor, nn
 
+from ..flops import add_up, pass_costs
+from ..inspection import record_tokens
+from ..purity import IGNORE_INDEX
 from .dense_pass import Example, evenly
-from .flops import add_up, pass_costs
-from .inspection import record_tokens
-from .purity import IGNORE_INDEX
 
 # Images through the fitted model, evenly spread over all, for the table.
 CHECKED = 100

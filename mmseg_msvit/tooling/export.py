@@ -17,10 +17,10 @@ from mmseg.datasets.transforms import PackSegInputs, ResizeToMultiple
 from onnxscript import opset20 as ops
 from torch import Tensor, nn
 
-from . import __version__
+from .. import __version__
+from ..embedding import mean_weights
+from ..inspection import deciding_by, evaluating, find_msvit, record_tokens
 from .command_line import InputError
-from .embedding import mean_weights
-from .inspection import deciding_by, evaluating, find_msvit, record_tokens
 from .testset import FileReader
 
 # The first whose resizing knows all that torch's does is 18, whose pooling is right at a ragged edge 19.

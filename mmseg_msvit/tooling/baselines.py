@@ -6,11 +6,11 @@ from mmengine.config import Config
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from .embedding import pad_to_regions
-from .gates import CERTAIN, FixedGate
-from .mixed_scale import MixedScale
-from .selection import TokenSelector
-from .tokens import Grid, PackedTokens, TokenMap
+from ..embedding import pad_to_regions
+from ..gates import CERTAIN, FixedGate
+from ..mixed_scale import MixedScale
+from ..selection import TokenSelector
+from ..tokens import Grid, PackedTokens, TokenMap
 
 
 def first_values(config: Config) -> nn.Module:

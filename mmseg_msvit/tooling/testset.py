@@ -17,10 +17,10 @@ from mmseg.registry import DATASETS, TRANSFORMS
 from rich.progress import track
 from torch import nn
 
+from ..mixed_scale import MixedScale
+from ..purity import IGNORE_INDEX
+from ..whole_models import load_segmentor
 from .command_line import InputError
-from .mixed_scale import MixedScale
-from .purity import IGNORE_INDEX
-from .whole_models import load_segmentor
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
 # What decoders raise at a file that is no picture.
