@@ -136,7 +136,7 @@ def run(*command, cwd=ROOT, **env):
 def scenes(tmp_path_factory):
     """A few toy scenes."""
     out = tmp_path_factory.mktemp('data') / 'toy_scenes'
-    run(sys.executable, 'tools/dataset_converters/toy_scenes.py', out, '--train', 6, '--val', 3, '--size', 96)
+    runpy.run_path(str(ROOT / 'tools/dataset_converters/toy_scenes.py'))['write'](out, dict(train=6, val=3), 96, 0)
     return out
 
 

@@ -195,9 +195,9 @@ def test_mim_from_another_folder_killed_and_resumed(config, scenes, tmp_path):
     assert 'mIoU' in out
 
 
-def test_scenes_are_deterministic_and_varied(scenes, tmp_path):
-    run(sys.executable, ROOT / 'tools/dataset_converters/toy_scenes.py', tmp_path / 'again', '--train', 6, '--val', 1,
-        '--size', 96)  # fmt: skip
+def test_scenes_are_deterministic_and_varied(scenes, tool, tmp_path):
+    options = ('--train', 6, '--val', 1, '--size', 96)
+    assert tool('dataset_converters/toy_scenes.py', tmp_path / 'again', *options) is None
     for path in sorted((scenes / 'images/train').iterdir()):
         assert path.read_bytes() == (tmp_path / 'again/images/train' / path.name).read_bytes()
     labels = [cv2.imread(str(p), cv2.IMREAD_UNCHANGED) for p in (scenes / 'annotations/train').iterdir()]
