@@ -138,7 +138,6 @@ class Teacher:
         return Teacher.of, (self.config, self.checkpoint)
 
 
-@torch.no_grad()
 def dense_prediction(segmentor: nn.Module, images: Tensor) -> Tensor:
     """Class logits (B, K, H, W) of a mixed-scale segmentor, all fine at full size, of normalised images (B, C, H, W).
 

@@ -334,9 +334,9 @@ class VarianceGate(ForcedGate):
         self.check(images, grid)
         pixels = patchify(images.float(), self.region).unflatten(-1, (self.in_channels, -1))  # (B, hc, wc, C, R * R)
         variance = pixels.var(-1, correction=0).mean(-1).flatten(1)  # (B, hc * wc)
-        count = variance.new_full((variance.shape[0], 1), variance.shape[1])
-        if left is not None:
-            count = left.flatten(1).sum(1, keepdim=True)
-            variance = variance.masked_fill(~left.flatten(1), torch.inf)
-        place = variance.argsort(dim=1, stable=True).argsort(dim=1)
-        return _sure(place, (self.coarse_ratio * count).round(), place.shape[1]).unflatten(1, grid)
+        place = variance.argsort(dim=1, stable=True).argsort(dim=1)  # in the order of all regions
+        left = torch.ones_like(place, dtype=torch.bool) if left is None else left.flatten(1)
+        count = (self.coarse_ratio * left.sum(1, keepdim=True)).round().long()  # (B, 1), of those that are left
+        end = place.shape[1]
+        ends = F.pad(torch.where(left, place, end).sort(1).values, (0, 1), value=end)  # places of those, in order
+        return _sure(place, ends.gather(1, count), end).unflatten(1, grid)

@@ -73,7 +73,7 @@ class Recorder:
             RuntimeError: there were so many that some were lost.
         """
         if len(self.passes) == MOST_PASSES:
-            raise RuntimeError(f'TokenMetric wanted fewer than {MOST_PASSES} forward passes for a batch, got more')
+            raise RuntimeError(f'TokenMetric wanted fewer than {MOST_PASSES} forward passes for a batch, got as many')
         found: List[List[Dict[str, int]]] = []
         for part, tokens in self.passes:
             if isinstance(part, MixedScale):

@@ -176,7 +176,7 @@ class MixedScale(Gated, TakesWeights):
         elif decision is not None and any(logits.requires_grad for logits in decision.logits):
             self.keep_for_losses(seen, tokens, decision)
 
-        x = self.embed(images, tokens)  # (N, C)
+        x = [self.embed(images, tokens)]  # (N, C)
         if self.out_details is None:
             del images  # padded or smaller ones take more memory than the tokens
         outputs = self.encode(x, tokens, self._output)
@@ -184,8 +184,15 @@ class MixedScale(Gated, TakesWeights):
             return tuple(outputs)
         return add_out_detail(outputs, images, tokens, self.patch_size, self.patch_embed, self.out_details)
 
-    def encode(self, x: Tensor, tokens: TokenMap, output: Callable) -> list:
-        """Tokens (N, C) through the blocks: what ``output(number, x, tokens)`` makes of each that is put out."""
+    def encode(self, x: List[Tensor], tokens: TokenMap, output: Callable) -> list:
+        """Tokens through the blocks: what ``output(number, x, tokens)`` makes of each that is put out.
+
+        Args:
+            x: one tensor (N, C), which is taken out of the list, so that nobody holds it while the blocks run.
+            tokens: where they are.
+            output: see above.
+        """
+        x = x.pop()
         outputs = [output(0, x, tokens)] if self.out_origin else []
         places = self.places(tokens)
         for i, layer in enumerate(self.layers):

@@ -176,3 +176,16 @@ def test_a_token_budget_takes_the_regions_that_vary_least_wherever_they_are(leas
     coarse = seen[0][0].levels()[:, ::2, ::2].flatten(1) > 0
     assert coarse.sum(1).tolist() == [12, 12]
     assert torch.equal(coarse, variance <= variance.sort(1).values[:, 11:12])
+
+
+@pytest.mark.parametrize('budget', [230, 170, 140])
+def test_a_token_budget_takes_them_in_order_with_three_scales_too(budget):
+    images = torch.randn(2, 3, 256, 256) * torch.rand(2, 1, 8, 8).repeat_interleave(32, 2).repeat_interleave(32, 3)
+    gate = dict(type='VarianceGate')
+    model = build_msvit(img_size=256, scales=(16, 32, 64), gate=gate, token_budget=budget)
+    with record_tokens(model) as seen:
+        model(images)
+    levels = seen[0][0].levels()[:, ::2, ::2].flatten(1)  # (2, 64)
+    variance = images.unfold(2, 32, 32).unfold(3, 32, 32).var((1, 4, 5)).flatten(1)
+    for level, values in zip(levels, variance):
+        assert set(level.tolist()) >= {0, 1} and values[level == 1].max() < values[level == 0].min()

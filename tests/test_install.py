@@ -40,8 +40,8 @@ def configs():
 
 def test_wheel_has_package_and_mim_files_and_no_tests(source, tmp_path):
     names = set(zipfile.ZipFile(build('wheel', source, tmp_path)).namelist())
-    modules = {f'mmseg_msvit/{p.name}' for p in (ROOT / 'mmseg_msvit').glob('*.py')}
-    assert modules <= names
+    modules = {str(p.relative_to(ROOT)) for p in (ROOT / 'mmseg_msvit').rglob('*.py') if '.mim' not in p.parts}
+    assert 'mmseg_msvit/tooling/testset.py' in modules and modules <= names
     assert {f'mmseg_msvit/.mim/{name}' for name in configs() | {'model-index.yml', 'tools/show_tokens.py'}} <= names
     tops = {name.split('/')[0] for name in names}
     assert all(top.startswith('mmseg_msvit') for top in tops), tops

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mmseg_msvit.tooling.command_line import DEVICE, one_line_errors
 from mmseg_msvit.tooling.gate_report import Analysis, page
-from mmseg_msvit.tooling.testset import ignore_index, load_config, load_model, load_testset
+from mmseg_msvit.tooling.testset import iou_options, load_config, load_model, load_testset
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
 
     config = load_config(args.config)
     dataset = load_testset(config)
-    analysis = Analysis(load_model(config, args.checkpoint, args.device), dataset, ignore_index(config))
+    analysis = Analysis(load_model(config, args.checkpoint, args.device), dataset, iou_options(config)['ignore_index'])
     numbers = analysis.numbers()
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from mmseg_msvit.flops import PLAIN_VITS
 from mmseg_msvit.tooling.arena import CHOOSERS, dense, play, score_gates, smaller
-from mmseg_msvit.tooling.command_line import DEVICE, claim, digest, one_line_errors, positive, write_whole
+from mmseg_msvit.tooling.command_line import DEVICE, claim, digest, file_digest, one_line_errors, positive, write_whole
 from mmseg_msvit.tooling.dense_pass import find_images, find_test_images, gather
 from mmseg_msvit.tooling.gate_fitting import convert, fit, shared_size
 from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
@@ -51,7 +51,7 @@ class Contest:
         folder.mkdir(parents=True, exist_ok=True)
         self.model = load_model(config, checkpoint, args.device, PLAIN_VITS)
         claim(
-            folder / 'of.json', checkpoint=digest(checkpoint), config=config.pretty_text, limit=args.limit,
+            folder / 'of.json', checkpoint=file_digest(checkpoint), config=digest(config.pretty_text), limit=args.limit,
             fit_images=args.fit_images, fit_budget=args.fit_budget, steps=args.steps,
         )  # fmt: skip
         self.reader = FileReader(config)
@@ -111,7 +111,7 @@ class Contest:
         names = [name for name in model.state_dict() if name.startswith(OF_GATES)]
         if not file.exists():
             fit(model, *self.gathered(target), budget=self.args.fit_budget, steps=self.args.steps)
-            write_whole(file, partial(torch.save, {name: model.state_dict()[name] for name in names}))
+            write_whole(file, partial(torch.save, {name: model.state_dict()[name].cpu() for name in names}))
         model.load_state_dict(torch.load(file), strict=False)
         return model, score_gates
 

@@ -24,12 +24,21 @@ from torch.nn import Module
 
 from mmseg_msvit.flops import PLAIN_VITS
 from mmseg_msvit.tooling.arena import dense, play, score_gates, score_random, smaller
-from mmseg_msvit.tooling.command_line import DEVICE, InputError, claim, digest, one_line_errors, positive, write_whole
+from mmseg_msvit.tooling.command_line import (
+    DEVICE,
+    InputError,
+    claim,
+    digest,
+    file_digest,
+    one_line_errors,
+    positive,
+    write_whole,
+)
 from mmseg_msvit.tooling.dense_pass import find_test_images, gather
 from mmseg_msvit.tooling.gate_fitting import shared_size
 from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
-from mmseg_msvit.whole_models import OF_GATES
 
+BASE = Path(__file__).parent.parent / 'configs/_base_/msvit.py'
 CONTEXT = dict(type='ContextGate')
 SHAPING = dict(type='GeneralizedBatchShapingLoss')
 DOUBT = dict(type='DoubtLoss')
@@ -67,11 +76,12 @@ def variant_config(converted: Path, name: str, crop: Optional[int]) -> Config:
     if 'gate_loss' in changes:
         config.custom_hooks = [*config.get('custom_hooks', []), dict(type='GateLossHook')]
         wrapper = config.optim_wrapper
-        options = dict(gate_lr_mult=10.0)
-        if wrapper.get('constructor') != 'MSViTLayerDecayConstructor':  # others read custom_keys alone
-            faster = {name: dict(lr_mult=10.0) for name in (*OF_GATES, 'backbone.gate_losses.')}
-            options = dict(custom_keys={**(wrapper.get('paramwise_cfg') or {}).get('custom_keys', {}), **faster})
-        wrapper.paramwise_cfg = {**(wrapper.get('paramwise_cfg') or {}), **options}
+        own = wrapper.get('paramwise_cfg') or {}
+        if wrapper.get('constructor') == 'MSViTLayerDecayConstructor':
+            wrapper.paramwise_cfg = dict(own, gate_lr_mult=10.0)
+        else:  # which know no gate
+            keys = Config.fromfile(BASE).gate_keys
+            wrapper.paramwise_cfg = dict(own, custom_keys={**keys, **own.get('custom_keys', {})})
     if crop is not None:
         config.model.data_preprocessor.size = (crop, crop)
         for transform in config.train_dataloader.dataset.pipeline:
@@ -162,8 +172,8 @@ def main() -> None:
     file, base = args.out / 'variants.json', load_config(args.config)
     for seed, (checkpoint, converted) in enumerate(zip(args.checkpoints, args.converted)):
         claim(
-            args.out / f'of_{seed}.json', checkpoint=digest(checkpoint), config=base.pretty_text, budget=args.budget,
-            converted=digest(str(converted / 'checkpoint.pth')),
+            args.out / f'of_{seed}.json', checkpoint=file_digest(checkpoint), config=digest(base.pretty_text),
+            converted=file_digest(str(converted / 'checkpoint.pth')), budget=args.budget,
         )  # fmt: skip
     runs = json.loads(file.read_text()) if file.exists() else []
     for name in args.variants:

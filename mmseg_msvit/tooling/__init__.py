@@ -1,1 +1,1 @@
-"""What the tools are made of: no part of a model, and nothing outside imports it."""
+"""What the tools are made of: no part of a model imports it."""

@@ -34,12 +34,14 @@ def force_gate(backbone: MixedScale, coarse_ratio: float) -> None:
         coin = torch.rand(logits.shape, device=logits.device) < coarse_ratio
         return torch.where(coin, CERTAIN, -CERTAIN) + (logits - logits.detach())
 
+    backbone.select.token_budget = None
     for gate in backbone.gates:
         gate.register_forward_hook(answer)
 
 
 def fix_all_fine(backbone: MixedScale) -> None:
     """Puts gates in place that cost nothing and answer fine: the dense ViT, by the way of mixed scales."""
+    backbone.select.token_budget = None  # which no gate decides
     backbone.gate = FixedGate(backbone.in_channels, backbone.scales[1])
     if len(backbone.scales) > 2:
         coarser = (FixedGate(backbone.in_channels, scale) for scale in backbone.scales[2:])
@@ -81,4 +83,5 @@ def dense_forward(backbone: MixedScale, images: Tensor) -> tuple:
             return PackedTokens(x, tokens)
         return x.unflatten(0, (len(images), -1))[:, tokens.prefix :].mT.unflatten(2, (h, w)).contiguous()
 
+    x = [x]
     return tuple(backbone.encode(x, tokens, output))

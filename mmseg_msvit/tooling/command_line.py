@@ -46,9 +46,14 @@ def write_whole(path: Path, save: Callable[[Path], object]) -> None:
     os.replace(unfinished, path)
 
 
-def digest(file: str) -> str:
+def digest(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(file: str) -> str:
     """SHA-256 of a file; of an address, which is known by its name alone."""
-    return hashlib.sha256(Path(file).read_bytes() if Path(file).is_file() else file.encode()).hexdigest()
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if Path(file).is_file() else digest(file)
 
 
 def claim(mark: Path, **settings) -> None:

@@ -245,7 +245,7 @@ def page(analysis: Analysis, numbers: dict, template: str, config: str, checkpoi
             uris=uris,
             config=config,
             checkpoint=checkpoint,
-            ignored=IGNORE_INDEX,
+            ignored=analysis.ignored,
             extremes=[
                 ('Fewest tokens', [with_uri(image) for image in analysis.fewest()]),
                 ('Most tokens', [with_uri(image) for image in analysis.most()]),

@@ -118,16 +118,19 @@ def load_testset(config: Config) -> BaseDataset:
     return dataset
 
 
-def ignore_index(config: Config) -> int:
-    """The label that a config's evaluator of the test set leaves out."""
+def iou_options(config: Config) -> dict:
+    """``ignore_index``, the label that a config's evaluator of the test set leaves out, and its ``nan_to_num``."""
     evaluators = config.get('test_evaluator') or []
-    evaluators = [evaluators] if isinstance(evaluators, dict) else evaluators
-    return next((each['ignore_index'] for each in evaluators if 'ignore_index' in each), IGNORE_INDEX)
+    if isinstance(evaluators, dict):
+        evaluators = evaluators.get('metrics', [evaluators])
+    ious = [each for each in evaluators if each.get('type') == 'IoUMetric' or 'ignore_index' in each]
+    ious = ious[0] if ious else {}
+    return dict(ignore_index=ious.get('ignore_index', IGNORE_INDEX), nan_to_num=ious.get('nan_to_num'))
 
 
 def iou_metric(config: Config, dataset: BaseDataset) -> IoUMetric:
     """The mIoU of a config's test set, as its own evaluator counts it."""
-    metric = IoUMetric(ignore_index=ignore_index(config))
+    metric = IoUMetric(**iou_options(config))
     metric.dataset_meta = dataset.metainfo
     return metric
 
@@ -156,7 +159,7 @@ class FileReader:
         self.transforms = list(self.dataset.pipeline.transforms)
         if not any(isinstance(transform, LoadAnnotations) for transform in self.transforms):
             self.transforms.insert(-1, TRANSFORMS.build(dict(type='LoadAnnotations')))  # before what packs
-        self.ignored = ignore_index(config)
+        self.ignored = iou_options(config)['ignore_index']
 
     @property
     def palette(self) -> List[List[int]]:
@@ -171,8 +174,10 @@ class FileReader:
         Raises:
             InputError: a file is no picture, or the truth is not class ids of the image's size.
         """
-        rules = dict(reduce_zero_label=self.dataset.reduce_zero_label, label_map=self.dataset.label_map)
-        data = dict(img_path=str(image), seg_map_path=str(truth), seg_fields=[], **rules)
+        data = dict(img_path=str(image), seg_fields=[], reduce_zero_label=self.dataset.reduce_zero_label)
+        data['label_map'] = self.dataset.label_map
+        if truth is not None:
+            data['seg_map_path'] = str(truth)
         for transform in self.transforms:
             is_truths = isinstance(transform, LoadAnnotations)
             if is_truths and truth is None:
@@ -182,16 +187,21 @@ class FileReader:
                 data = transform(data)
             except UNREADABLE as error:
                 raise InputError(f'{what}, got {path}, which cannot be read: {_first_line(error)}') from error
-            if is_truths and data['gt_seg_map'].ndim != 2:
-                shape = data['gt_seg_map'].shape
-                raise InputError(f'{what} (H, W), got {path} of shape {shape}, which looks like colours')
+            if is_truths:
+                shape, size = data['gt_seg_map'].shape, tuple(data['ori_shape'])
+                if len(shape) != 2:
+                    raise InputError(f'{what} (H, W), got {path} of shape {shape}, which looks like colours')
+                if shape != size:
+                    raise InputError(f'{what} of the size of {image}, {size}, got {path} of {shape}')
         if truth is None:
             return data, None
         labels = data['data_samples'].gt_sem_seg.data[0].numpy()
         del data['data_samples'].gt_sem_seg  # large, and known by whoever asked for it
-        size = tuple(data['data_samples'].ori_shape)
         if labels.shape != size:
-            raise InputError(f'truth: wanted class ids of the size of {image}, {size}, got {truth} of {labels.shape}')
+            raise InputError(
+                'CONFIG: wanted a test pipeline that leaves labels as large as their image, LoadAnnotations after '
+                f"what resizes, as in mmseg's, got labels {labels.shape} of {size}"
+            )
         return data, np.where(labels == self.ignored, IGNORE_INDEX, labels).astype(np.uint8)
 
 
