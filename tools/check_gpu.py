@@ -88,7 +88,7 @@ def segmentor(dtype: torch.dtype = torch.float32) -> nn.Module:
         for name, parameter in model.named_parameters():
             if 'gate_losses' not in name:
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    GateLossHook().before_train(SimpleNamespace(model=model))
+    GateLossHook().before_train(SimpleNamespace(model=model, iter=0))
     return model.to(dtype).train()
 
 
