@@ -10,8 +10,7 @@ from mmseg.models.backbones import BEiT, VisionTransformer
 from safetensors.torch import load_file
 
 from mmseg_msvit import load_backbone, loading, pass_costs, record_tokens
-from mmseg_msvit.inspection import coarse_regions
-from mmseg_msvit.tooling.sweep import set_threshold
+from mmseg_msvit.inspection import coarse_regions, deciding_by
 
 FINE = dict(gate=dict(type='FixedGate'))
 
@@ -104,9 +103,8 @@ def test_a_backbone_of_ours_comes_back_whole(gate, scales):
     images = torch.randn(2, 3, 64, 96)
     logits = torch.cat([level.flatten() for level in source.tokenize(images)[2].logits])
     threshold = logits.sigmoid().median().item()
-    for model in (source, backbone):
-        set_threshold(model, threshold)
-    with torch.no_grad(), record_tokens(backbone) as seen:
+    decided = deciding_by(source, threshold), deciding_by(backbone, threshold)
+    with torch.no_grad(), decided[0], decided[1], record_tokens(backbone) as seen:
         torch.testing.assert_close(backbone(images), source(images))
     assert 0 < coarse_regions(backbone, seen[0][0]).float().mean() < 1
 

@@ -20,8 +20,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmseg_msvit.flops import HeadMacs
+from mmseg_msvit.inspection import deciding_by
 from mmseg_msvit.tooling.command_line import InputError
-from mmseg_msvit.tooling.sweep import set_threshold
 from mmseg_msvit.tooling.testset import FileReader, pair_truth, picture_names
 from mmseg_msvit.tooling.timing import in_turns, paired_ratios
 
@@ -432,8 +432,8 @@ def test_tradeoff_trains_a_seed_and_does_not_train_twice(config, tool, printed, 
 def test_a_threshold_takes_the_place_of_a_budget():
     model = build_msvit(token_budget=5)
     for threshold, tokens in ((0, 5), (1, 17)):
-        set_threshold(model, threshold)
-        assert model.tokenize(torch.randn(1, 3, 64, 64))[1].lengths == [tokens]
+        with deciding_by(model, threshold):
+            assert model.tokenize(torch.randn(1, 3, 64, 64))[1].lengths == [tokens]
 
 
 def test_functions_take_turns_and_the_first_round_does_not_count():

@@ -130,7 +130,6 @@ def variants(args) -> dict:
     if not training:
         model = twin()
         fix_all_fine(model.backbone)
-        model.backbone.input_scale = 1.0
         add('all fine', model, pick(model))
     if args.part == 'encoder':
         model = twin()

@@ -23,6 +23,7 @@ from mmengine.runner import Runner
 from torch.nn import Module
 
 from mmseg_msvit.flops import PLAIN_VITS
+from mmseg_msvit.inspection import as_dense
 from mmseg_msvit.tooling.arena import dense, play, score_gates, score_random, smaller
 from mmseg_msvit.tooling.command_line import (
     DEVICE,
@@ -113,8 +114,8 @@ def test(config: Config, checkpoint: str, name: str, budget: float, device: str)
     "Dense" has no coarse tokens: within the budget are smaller images.
     """
     model = load_model(config, checkpoint, device)
-    model.backbone.select.threshold, model.backbone.select.token_budget = 1.0, None  # no region is coarse
-    examples, windows = over_test_set(model, config)
+    with as_dense(model):
+        examples, windows = over_test_set(model, config)
     results = [replace(dense(model, examples), chooser='fine')]
     kind = name.partition(' + ')[0]
     score = score_random if kind in ('random', 'coarse') else score_gates

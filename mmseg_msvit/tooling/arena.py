@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..doubt import region_doubt
 from ..embedding import pad_to_regions, patchify
 from ..flops import add_up
+from ..inspection import deciding_by
 from ..tokens import Grid, region_grid
 from .comparison import label_areas, mean_iou, predict
 from .dense_pass import Example, Window, pixels
@@ -152,9 +153,8 @@ def play(
     logits, threshold = as_logits(scores), 0.0
     if budget is not None:
         threshold, _ = threshold_within(model.backbone, windows, logits, budget)
-    model.backbone.select.threshold = threshold
     costs, areas = [], []
-    with told(model, logits):
+    with told(model, logits), deciding_by(model, threshold):
         for example, prediction, cost in predict(model, examples, f'{chooser} {budget or ""}'):
             costs.append(cost)
             areas.append(label_areas(prediction, example, model.num_classes))

@@ -41,7 +41,7 @@ def force_gate(backbone: MixedScale, coarse_ratio: float) -> None:
 
 def fix_all_fine(backbone: MixedScale) -> None:
     """Puts gates in place that cost nothing and answer fine: the dense ViT, by the way of mixed scales."""
-    backbone.select.token_budget = None  # which no gate decides
+    backbone.select.token_budget, backbone.input_scale = None, 1.0
     backbone.gate = FixedGate(backbone.in_channels, backbone.scales[1])
     if len(backbone.scales) > 2:
         coarser = (FixedGate(backbone.in_channels, scale) for scale in backbone.scales[2:])

@@ -14,7 +14,7 @@ from rich.progress import track
 from torch import nn
 
 from ..flops import PLAIN_VITS, HeadMacs, add_up, dense_cost, pass_costs
-from ..inspection import find_msvit, record_tokens
+from ..inspection import deciding_by, record_tokens
 from ..mixed_scale import MixedScale
 from ..tokens import region_grid
 from .command_line import InputError
@@ -29,13 +29,6 @@ class Run:
     name: str
     config: str
     checkpoint: str
-
-
-def set_threshold(model: nn.Module, threshold: float) -> None:
-    """Makes a model's gate decide by a threshold: more of it is more tokens."""
-    select = find_msvit(model).select
-    select.threshold = threshold
-    select.token_budget = None  # it would take the threshold's place
 
 
 class Variant:
@@ -63,8 +56,7 @@ class Variant:
             self.iou.process(data, [sample.to_dict() for sample in result])
 
     def _run_gated(self, data: dict) -> tuple:
-        set_threshold(self.model, self.threshold)
-        with record_tokens(self.model) as seen:
+        with deciding_by(self.model, self.threshold), record_tokens(self.model) as seen:
             seconds, result = self._timed(data)
         return (
             [image for tokens, _ in seen for image in pass_costs(self.model.backbone, tokens, self.heads)],
