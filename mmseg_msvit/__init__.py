@@ -6,9 +6,10 @@ from .beit import MSMAE, MSBEiT
 from .doubt import DoubtLoss
 from .flops import pass_costs
 from .gate_losses import BatchShapingLoss, GeneralizedBatchShapingLoss, TokenBudgetLoss
-from .gates import ContextGate, FixedGate, MLPGate, RandomGate, VarianceGate
+from .gates import FixedGate, RandomGate, VarianceGate
 from .hooks import GateLossHook, TokenMapHook, ViTWeightsHook
 from .inspection import record_tokens
+from .learned_gates import ContextGate, MLPGate
 from .loading import load_backbone
 from .metrics import TokenMetric
 from .optim import MSViTLayerDecayConstructor

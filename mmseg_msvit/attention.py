@@ -55,33 +55,21 @@ def attend(
     Returns:
         (N, heads, d).
     """
-    if bias is not None:
-        return _attend_biased(qkv, lengths, weight, dropout, bias)
-    if weight is None and dropout == 0 and cu_seqlens is not None and has_varlen(qkv):
+    if weight is not None and (bias is not None or dropout > 0):
+        return attend_reference(qkv, lengths, weight, dropout, bias)
+    if weight is None and bias is None and dropout == 0 and cu_seqlens is not None and has_varlen(qkv):
         return varlen_attn(*qkv.unbind(1), cu_seqlens, cu_seqlens, max(lengths), max(lengths))
-    if weight is not None and dropout > 0:
-        return attend_reference(qkv, lengths, weight, dropout)
     outputs = []
-    for group in _runs_of_equal_lengths(qkv, lengths, weight):
-        (images, n), qkv_group, weight_group = group
-        q, k, v = qkv_group.unflatten(0, (images, n)).permute(2, 0, 3, 1, 4)  # 3 x (images, heads, n, d)
+    runs = _runs_of_equal_lengths(qkv, lengths, weight, apart=bias is not None)
+    for number, ((images, n), rows, weights) in enumerate(runs):
+        q, k, v = rows.unflatten(0, (images, n)).permute(2, 0, 3, 1, 4)  # 3 x (images, heads, n, d)
         if weight is None:
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+            mask = None if bias is None else bias(number).to(q.dtype)[None]  # (1, heads, n, n)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         else:
-            out = WeightedAttention.apply(q, k, v, weight_group.unflatten(0, (images, n)))
+            out = WeightedAttention.apply(q, k, v, weights.unflatten(0, (images, n)))
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (images * n, heads, d)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def _attend_biased(qkv, lengths, weight, dropout, bias) -> Tensor:
-    if weight is not None:
-        return attend_reference(qkv, lengths, weight, dropout, bias)
-    outputs = []
-    for image, part in enumerate(qkv.split(lengths)):
-        q, k, v = part.permute(1, 2, 0, 3)[:, None]  # 3 x (1, heads, n, d)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias(image).to(q.dtype)[None], dropout_p=dropout)
-        outputs.append(out[0].transpose(0, 1))  # (n, heads, d)
-    return torch.cat(outputs)
 
 
 def attend_padded(
@@ -198,11 +186,11 @@ def _accumulate(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _runs_of_equal_lengths(qkv: Tensor, lengths: List[int], weight: Optional[Tensor]):
-    """Yields ((images, n), their rows of qkv, their rows of weight) for each run of neighbours of one length."""
+def _runs_of_equal_lengths(qkv: Tensor, lengths: List[int], weight: Optional[Tensor], apart: bool):
+    """Yields ((images, n), their rows of qkv, their rows of weight) for neighbours of one length, or each apart."""
     runs = []
     for n in lengths:
-        if runs and runs[-1][1] == n:
+        if runs and runs[-1][1] == n and not apart:
             runs[-1][0] += 1
         else:
             runs.append([1, n])

@@ -111,7 +111,7 @@ class Attention(nn.Module):
             qkv = rotate(qkv, *places.rotary)
         dropout, bias = self.dropout if self.training else 0.0, self.bias(places)
         if tokens.padded is not None:
-            out = attend_padded(qkv, tokens.padded, tokens.places(), dropout, bias)  # (N, heads, d)
+            out = attend_padded(qkv, tokens.padded, tokens.padded_places(), dropout, bias)  # (N, heads, d)
         else:
             weight = tokens.weight if tokens.masked else None
             out = attend(qkv, tokens.lengths, weight, dropout, tokens.cu_seqlens, bias)  # (N, heads, d)

@@ -61,7 +61,7 @@ def region_doubt(shares: Tensor, side: int = 1) -> Tuple[Tensor, Tensor]:
     return torch.special.entr(mass / total.clamp(min=1e-12)).sum(1), total[:, 0] > 0
 
 
-def doubt_scale(doubt: Tensor, target_coarse: float) -> Tensor:
+def doubt_scale(doubt: Tensor, target_coarse: float) -> Tuple[Tensor, Tensor]:
     """What :func:`doubt_target` needs to know of many regions' doubts.
 
     Args:
@@ -69,14 +69,14 @@ def doubt_scale(doubt: Tensor, target_coarse: float) -> Tensor:
         target_coarse: the share of the regions whose target shall be above one half.
 
     Returns:
-        (2,), the least doubt, which is far from 0 where a head's scores are bounded as Segmenter's are; and how far
-        above it the doubt lies at which coarse and fine are equally likely.
+        Floor, the least doubt, which is far from 0 where a head's scores are bounded as Segmenter's are; and half, how
+        far above it the doubt lies at which coarse and fine are equally likely.
     """
     floor = doubt.min()
-    return torch.stack((floor, (doubt.quantile(target_coarse) - floor).clamp(min=LEAST_DOUBT)))
+    return floor, (doubt.quantile(target_coarse) - floor).clamp(min=LEAST_DOUBT)
 
 
-def doubt_target(doubt: Tensor, scale: Tensor) -> Tensor:
+def doubt_target(doubt: Tensor, floor: Tensor, half: Tensor) -> Tensor:
     """The probability of coarse that a gate is taught: half / (half + doubt), with doubt counted from its floor.
 
     Its logit is log(half) - log(doubt): an order of regions that is the same for any ``half``, which only moves the
@@ -84,9 +84,9 @@ def doubt_target(doubt: Tensor, scale: Tensor) -> Tensor:
 
     Args:
         doubt: nats.
-        scale: (2,), floor and half, by :func:`doubt_scale`.
+        floor: by :func:`doubt_scale`.
+        half: likewise.
     """
-    floor, half = scale.unbind()
     return half / (half + (doubt - floor).clamp(min=0))
 
 
@@ -175,7 +175,7 @@ class DoubtLoss(ShareLoss):
         self.teacher = None if teacher is None else Teacher.of(**teacher)
         self.asks_segmentor = teacher is None
         self.momentum = momentum
-        self.register_buffer('scale', torch.zeros(2))  # by doubt_scale; zeros before the first step
+        self.register_buffer('half_doubt', torch.zeros(()))  # by doubt_scale; 0 before the first step
 
     def of_step(
         self,
@@ -189,9 +189,8 @@ class DoubtLoss(ShareLoss):
             raise ValueError('DoubtLoss without a teacher asks the segmentor: pop_gate_losses needs segmentor=')
         seen = dense_prediction(segmentor, images) if self.teacher is None else self.teacher(images)
         doubt, _ = region_doubt(class_shares(seen, self.region))  # (B, hc, wc)
-        now = doubt_scale(gather_batch(doubt.flatten()), self.target())
-        mean = torch.where(self.scale[1] > 0, self.scale.lerp(now, self.momentum), now)
         # The floor is this step's: a segmentor that learns doubts less and less, and below an old floor all is coarse.
-        self.scale.copy_(torch.stack((now[0], mean[1])))
-        logits = decision.logits[self.level - 1]
-        return self.loss_weight * F.binary_cross_entropy_with_logits(logits, doubt_target(doubt, self.scale))
+        floor, half = doubt_scale(gather_batch(doubt.flatten()), self.target())
+        self.half_doubt.copy_(torch.where(self.half_doubt > 0, self.half_doubt.lerp(half, self.momentum), half))
+        target = doubt_target(doubt, floor, self.half_doubt)
+        return self.loss_weight * F.binary_cross_entropy_with_logits(decision.logits[self.level - 1], target)

@@ -115,7 +115,6 @@ class CoarseDetail(nn.Conv2d):
 
     def __init__(self, dims: int, side: int):
         super().__init__(dims, dims, side, side)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)

@@ -27,7 +27,7 @@ PLAIN_VITS = (VisionTransformer, BEiT)
 PARTS = ('gate', 'embedding', 'encoder', 'neck', 'head')
 
 
-def prefix_tokens(backbone: nn.Module) -> int:
+def prefix_length(backbone: nn.Module) -> int:
     """The cls token and registers of a plain ViT, mixed-scale or not."""
     if isinstance(backbone, MixedScale):
         return backbone.select.prefix
@@ -52,7 +52,7 @@ def dense_macs(backbone: nn.Module, grid: Grid) -> Dict[str, int]:
     return dict(
         gate=0,
         embedding=cells * backbone.patch_embed.projection.weight.numel(),
-        encoder=encoder_macs(backbone, cells + prefix_tokens(backbone)),
+        encoder=encoder_macs(backbone, cells + prefix_length(backbone)),
     )
 
 
@@ -98,7 +98,7 @@ class HeadMacs:
         if grid not in self.known:
             self.known[grid] = self._on_grid(grid)
         found = dict(self.known[grid])
-        covering = grid[0] * grid[1] if tokens is None else tokens - prefix_tokens(self.backbone)
+        covering = grid[0] * grid[1] if tokens is None else tokens - prefix_length(self.backbone)
         found['head'] += sum(head.macs(covering) for head in self.heads if hasattr(head, 'macs'))
         return found
 
@@ -148,7 +148,7 @@ def cost(
     whole, found = dense_grid or grid, {}
     for kind, cells, count, parts in (
         ('', grid, tokens, macs),
-        ('dense_', whole, whole[0] * whole[1] + prefix_tokens(backbone), dense_macs(backbone, whole)),
+        ('dense_', whole, whole[0] * whole[1] + prefix_length(backbone), dense_macs(backbone, whole)),
     ):
         parts = {**parts, **(heads(cells, count) if heads else {})}
         found.update({f'{kind}{key}': value for key, value in parts.items()})
@@ -183,7 +183,7 @@ def head_costs(head: nn.Module, tokens: TokenMap) -> List[Dict[str, int]]:
 def dense_cost(backbone: nn.Module, grid: Grid, heads: Optional[HeadMacs] = None) -> Dict[str, int]:
     """:func:`cost` of a ViT that has all tokens."""
     cells = grid[0] * grid[1]
-    return cost(backbone, grid, cells + prefix_tokens(backbone), dense_macs(backbone, grid), heads)
+    return cost(backbone, grid, cells + prefix_length(backbone), dense_macs(backbone, grid), heads)
 
 
 def add_up(passes: List[Dict[str, int]]) -> Dict[str, int]:

@@ -41,9 +41,7 @@ class Gated:
         for level, (scale, grid) in enumerate(shapes, 1):
             shape = dict(in_channels=self.in_channels, region=scale, grid=grid, embed_dims=self.embed_dims)
             gates.append(_build('gate', _gate_of_level(gate or dict(type='MLPGate'), level), Gate, **shape))
-        self.gate = gates[0]
-        if len(gates) > 1:
-            self.coarser_gates = nn.ModuleList(gates[1:])
+        self.gate, self.coarser_gates = gates[0], nn.ModuleList(gates[1:])
         self.gate_losses = nn.ModuleList()
         if self.gate_learns:
             if gate_loss == 'default':
@@ -59,7 +57,7 @@ class Gated:
     @property
     def gates(self) -> List[Gate]:
         """One for each coarse level, the finest first."""
-        return [self.gate, *getattr(self, 'coarser_gates', ())]
+        return [self.gate, *self.coarser_gates]
 
     @property
     def gate_learns(self) -> bool:
@@ -129,8 +127,8 @@ def _gate_of_level(cfg: dict, level: int) -> dict:
 
 def _build(argument: str, cfg: dict, base: type, **shape) -> nn.Module:
     """Builds a gate or a gate loss, with errors that name the argument."""
-    kind = MODELS.get(cfg['type']) if isinstance(cfg, dict) and isinstance(cfg.get('type'), str) else None
-    kind = kind or (cfg.get('type') if isinstance(cfg, dict) else None)
+    kind = cfg.get('type') if isinstance(cfg, dict) else None
+    kind = MODELS.get(kind) if isinstance(kind, str) else kind
     if not (isinstance(kind, type) and issubclass(kind, base)):
         known = sorted(c.__name__ for c in MODELS.module_dict.values() if issubclass(c, base) and c is not base)
         raise ValueError(f'{argument} must be a config whose type is one of {known}, got {cfg}')

@@ -1,6 +1,6 @@
 """How other libraries name a plain ViT's tensors, and what those are called here.
 
-Pure functions of tensors by name; :mod:`.checkpoint` reads the files and fits the tensors to a backbone.
+Pure functions of tensors by name; :mod:`.reading` reads the files, :mod:`.checkpoint` fits the tensors to a backbone.
 """
 
 import re

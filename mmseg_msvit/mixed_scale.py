@@ -128,12 +128,10 @@ class MixedScale(Gated, TakesWeights):
         self.select = TokenSelector(
             self.sides, train_tokens, self.gate.temperature, self.gate.threshold, prefix, token_budget
         )
-        self.coarse_detail = None
-        if coarse_embed == 'resize+detail':
-            self.coarse_detail = CoarseDetail(self.embed_dims, self.sides[1])
-            if len(self.sides) > 2:
-                self.coarser_details = nn.ModuleList(CoarseDetail(self.embed_dims, side) for side in self.sides[2:])
-        self.out_detail, self.out_details = out_detail, None
+        detailed = self.sides[1:] if coarse_embed == 'resize+detail' else ()
+        details = [CoarseDetail(self.embed_dims, side) for side in detailed]
+        self.coarse_detail, self.coarser_details = details[0] if details else None, nn.ModuleList(details[1:])
+        self.out_detail, self.out_details = out_detail, nn.ModuleList()
         outputs = len(self.out_indices) + int(self.out_origin)
         self.out_types = (out_type,) * outputs if isinstance(out_type, str) else tuple(out_type)
         if len(self.out_types) != outputs or not set(self.out_types) <= set(OUT_TYPES):
@@ -157,7 +155,7 @@ class MixedScale(Gated, TakesWeights):
     @property
     def details(self) -> List[CoarseDetail]:
         """One for each coarse level, the finest first; none with ``coarse_embed='resize'``."""
-        return [] if self.coarse_detail is None else [self.coarse_detail, *getattr(self, 'coarser_details', ())]
+        return [] if self.coarse_detail is None else [self.coarse_detail, *self.coarser_details]
 
     def forward(self, images: Tensor) -> tuple:
         """Images (B, C, H, W) to a tuple with (B, embed_dims, h, w), or [that, cls (B, embed_dims)], for each output.
@@ -177,10 +175,10 @@ class MixedScale(Gated, TakesWeights):
             self.keep_for_losses(seen, tokens, decision)
 
         x = [self.embed(images, tokens)]  # (N, C)
-        if self.out_details is None:
+        if not self.out_details:
             del images  # padded or smaller ones take more memory than the tokens
         outputs = self.encode(x, tokens, self._output)
-        if self.out_details is None:
+        if not self.out_details:
             return tuple(outputs)
         return add_out_detail(outputs, images, tokens, self.patch_size, self.patch_embed, self.out_details)
 
@@ -294,7 +292,7 @@ class MixedScale(Gated, TakesWeights):
         for level, detail in enumerate(self.details, 1):
             each = self.patch_embed.macs(self.sides[level] ** 2) + detail.weight.numel()
             embedding = [e + each * n for e, n in zip(embedding, tokens.active_counts(level).tolist())]
-        if self.out_details is not None:
+        if self.out_details:
             each = self.patch_embed.macs(1) + sum(project.weight.numel() for project in self.out_details)
             cells = tokens.grid[0] * tokens.grid[1]
             embedding = [e + each * (cells - n) for e, n in zip(embedding, tokens.active_counts(0).tolist())]

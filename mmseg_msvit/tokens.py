@@ -95,7 +95,7 @@ class TokenMap:
             return list(x.split(self.lengths))
         return [x[self.padded.clamp(max=x.shape[0] - 1)]]
 
-    def places(self) -> Tensor:
+    def padded_places(self) -> Tensor:
         """(N,) int64 in a traced model, where each row of the pack lies among the (B * n) of :meth:`by_image`."""
         row, image = torch.arange(self.level.shape[0], device=self.level.device), self.image
         return image * self.padded.shape[1] + row - self.cu_seqlens[image]
@@ -105,7 +105,7 @@ class TokenMap:
         if self.padded is None:
             return torch.cat([part @ own.T for part, own in zip(self.by_image(x), queries)])
         (rows,) = self.by_image(x)  # (B, n, C)
-        return (rows @ queries.mT).flatten(0, 1)[self.places()]
+        return (rows @ queries.mT).flatten(0, 1)[self.padded_places()]
 
     def prefix_rows(self) -> Tensor:
         """(B, prefix) int64, the rows of each image's cls token and registers."""

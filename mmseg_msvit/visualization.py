@@ -171,9 +171,8 @@ def sample_pictures(
 
 def to_rgb(inputs: Tensor) -> np.ndarray:
     """What mmseg's pipelines pack, (C, H, W) in BGR, as a picture (H, W, 3) uint8 RGB."""
-    pixels = (
-        inputs[:3] if len(inputs) >= 3 else inputs[:1].expand(3, -1, -1)
-    )  # more channels than colours are not shown
+    # Of more channels than there are colours the others are not shown.
+    pixels = inputs[:3] if len(inputs) >= 3 else inputs[:1].expand(3, -1, -1)
     return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()[..., ::-1].clip(0, 255).astype(np.uint8))
 
 

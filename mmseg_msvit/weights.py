@@ -57,7 +57,7 @@ class TakesWeights:
             super().init_weights()
             for gate in self.gates:
                 gate.init_weights()
-            for detail in [*self.details, *(self.out_details or ())]:
+            for detail in [*self.details, *self.out_details]:
                 detail.reset_parameters()
             if self.register_tokens is not None:
                 nn.init.normal_(self.register_tokens, std=1e-6)

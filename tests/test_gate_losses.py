@@ -272,7 +272,7 @@ def test_doubt_of_one_logit_is_that_of_two_classes_and_nothing_is_unknown():
 
 def test_a_target_keeps_the_order_of_doubts_and_its_logit_moves_as_a_whole():
     doubt = torch.tensor([0.0, 0.001, 0.01, 0.1, 1]) + 0.5
-    first, second = (doubt_target(doubt, torch.tensor([0.5, half])) for half in (0.1, 0.01))
+    first, second = (doubt_target(doubt, torch.tensor(0.5), torch.tensor(half)) for half in (0.1, 0.01))
     assert first[0] == 1 and first[3] == pytest.approx(0.5) and (first.diff() < 0).all()
     torch.testing.assert_close(first.logit()[1:] - second.logit()[1:], torch.full((4,), math.log(10)))
 
@@ -280,9 +280,9 @@ def test_a_target_keeps_the_order_of_doubts_and_its_logit_moves_as_a_whole():
 @pytest.mark.parametrize('share', [0.2, 0.7])
 def test_the_scale_of_doubts_puts_the_wanted_share_above_one_half(share):
     doubt = torch.rand(1000).square() + 0.3
-    target = doubt_target(doubt, doubt_scale(doubt, share))
+    target = doubt_target(doubt, *doubt_scale(doubt, share))
     assert abs((target > 0.5).float().mean() - share) < 0.01 and target.max() == 1
-    assert doubt_target(torch.zeros(3), doubt_scale(torch.zeros(3), share)).tolist() == [1, 1, 1]
+    assert doubt_target(torch.zeros(3), *doubt_scale(torch.zeros(3), share)).tolist() == [1, 1, 1]
 
 
 @pytest.fixture
@@ -312,7 +312,7 @@ def test_doubt_loss_teaches_every_level_what_its_teacher_doubts(teacher):
         logits = model.encode_decode(images, [dict(img_shape=(100, 128))])
     for level, region, name in ((0, 32, 'loss_doubt'), (1, 64, 'loss_doubt_2')):
         doubt, _ = region_doubt(class_shares(logits, region))
-        target = doubt_target(doubt, pupil.gate_losses[level].scale)
+        target = doubt_target(doubt, doubt.min(), pupil.gate_losses[level].half_doubt)
         assert abs((target > 0.5).float().mean() - 0.7) < 0.1
         bce = torch.nn.functional.binary_cross_entropy_with_logits(decision.logits[level], target)
         torch.testing.assert_close(losses[name], 2 * bce)
@@ -369,18 +369,18 @@ def test_the_share_of_coarse_targets_is_kept_while_doubts_change(kind, monkeypat
         else:
             seen.append(order + 0.3 * torch.rand(()))
         loss.of_step(Decision([torch.zeros(4, 16, 16)], []), None, [], torch.zeros(4, 3, 1, 1))
-        shares.append((doubt_target(seen[-1], loss.scale) > 0.5).float().mean().item())
+        shares.append((doubt_target(seen[-1], seen[-1].min(), loss.half_doubt) > 0.5).float().mean().item())
     assert max(shares) < 0.5 and shares[-1] == pytest.approx(0.3, abs=0.05)
 
 
 def test_a_running_doubt_is_in_the_checkpoint(teacher):
     loss = MODELS.build(dict(type='DoubtLoss', teacher=teacher[1], momentum=0.5))
     decision = Decision([torch.zeros(1, 2, 2)], [])
-    scales = []
+    halves = []
     for _ in range(2):
         loss.of_step(decision, None, [], torch.randn(1, 3, 64, 64))
-        scales.append(loss.state_dict()['scale'].tolist())
-    assert 0 < scales[0][1] != scales[1][1]
+        halves.append(loss.state_dict()['half_doubt'].item())
+    assert 0 < halves[0] != halves[1]
 
 
 @pytest.mark.parametrize('kind', ['TokenBudgetLoss', 'GeneralizedBatchShapingLoss'])

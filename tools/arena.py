@@ -19,10 +19,10 @@ import torch
 from matplotlib.figure import Figure
 
 from mmseg_msvit.flops import PLAIN_VITS
-from mmseg_msvit.tooling.arena import CHOOSERS, dense, play, score_gates, smaller
+from mmseg_msvit.tooling.arena import CHOOSERS, dense, play, smaller
 from mmseg_msvit.tooling.command_line import DEVICE, claim, digest, file_digest, one_line_errors, positive, write_whole
 from mmseg_msvit.tooling.dense_pass import find_images, find_test_images, gather
-from mmseg_msvit.tooling.gate_fitting import convert, fit, shared_size
+from mmseg_msvit.tooling.gate_fitting import convert, fit, gate_logits, shared_size
 from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
 from mmseg_msvit.whole_models import OF_GATES
 
@@ -113,7 +113,7 @@ class Contest:
             fit(model, *self.gathered(target), budget=self.args.fit_budget, steps=self.args.steps)
             write_whole(file, partial(torch.save, {name: model.state_dict()[name].cpu() for name in names}))
         model.load_state_dict(torch.load(file), strict=False)
-        return model, score_gates
+        return model, gate_logits
 
 
 def table(contests: dict) -> list:

@@ -25,11 +25,11 @@ from mmengine.logging import MMLogger
 from rich.console import Console
 from rich.table import Table
 
-from mmseg_msvit.flops import PLAIN_VITS, HeadMacs, dense_macs, prefix_tokens
+from mmseg_msvit.flops import PLAIN_VITS, HeadMacs, dense_macs, prefix_length
 from mmseg_msvit.inspection import record_tokens
 from mmseg_msvit.mixed_scale import MixedScale
 from mmseg_msvit.tokens import region_grid
-from mmseg_msvit.tooling.baselines import dense_forward, first_values, fix_all_fine, force_gate
+from mmseg_msvit.tooling.baselines import dense_forward, first_values, force_gate
 from mmseg_msvit.tooling.command_line import DEVICE, InputError, one_line_errors, positive
 from mmseg_msvit.tooling.testset import check_backbone, load_config
 from mmseg_msvit.tooling.timing import in_turns, paired_ratios, peak_memory
@@ -89,8 +89,9 @@ def variants(args) -> dict:
             return lambda images: [getattr(output, 'x', output) for output in model.backbone(images)]
         return lambda images: [model(images, mode='tensor')] if training else model.predict(images)
 
-    def build(path):
+    def build(path, **changes):
         config = load_config(path)
+        config.model.backbone = {**config.model.backbone, **changes}
         if args.scales and path == args.config:
             config.model.backbone.scales = tuple(args.scales)
         config.model.test_cfg = dict(mode='whole')
@@ -103,9 +104,9 @@ def variants(args) -> dict:
     base = build(args.config)
     base.backbone.select.train_tokens = args.train_tokens[0]
 
-    def twin():
-        model = build(args.config)
-        model.load_state_dict(base.state_dict())
+    def twin(**changes):
+        model = build(args.config, **changes)
+        model.load_state_dict(base.state_dict(), strict=not changes)
         return model
 
     def gated():
@@ -128,8 +129,7 @@ def variants(args) -> dict:
         model.backbone.compile()
         add('compiled', model, pick(model))
     if not training:
-        model = twin()
-        fix_all_fine(model.backbone)
+        model = twin(gate=dict(type='FixedGate'), token_budget=None, input_scale=1.0)
         add('all fine', model, pick(model))
     if args.part == 'encoder':
         model = twin()
@@ -179,7 +179,7 @@ def measure(args, batch: int) -> list:
             dict(
                 name=name,
                 batch=batch,
-                tokens=sum(seen[0][0].lengths) / batch if seen else grid[0] * grid[1] + prefix_tokens(model.backbone),
+                tokens=sum(seen[0][0].lengths) / batch if seen else grid[0] * grid[1] + prefix_length(model.backbone),
                 gmacs=sum(sum(p.values()) for p in parts) / batch / 1e9,
                 seconds=statistics.median(seconds[name]),
                 ratio=ratio,

@@ -22,7 +22,16 @@ from rich.table import Table
 from mmseg_msvit.tooling.command_line import DEVICE, InputError, one_line_errors, positive
 from mmseg_msvit.tooling.comparison import compare
 from mmseg_msvit.tooling.dense_pass import TARGETS, find_images, gather
-from mmseg_msvit.tooling.gate_fitting import KINDS, convert, dense_backbone, find_threshold, fit, shared_size, write
+from mmseg_msvit.tooling.gate_fitting import (
+    KINDS,
+    convert,
+    dense_backbone,
+    find_threshold,
+    fit,
+    gate_logits,
+    shared_size,
+    write,
+)
 from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
 from mmseg_msvit.visualization import draw_image
 
@@ -62,7 +71,8 @@ def main() -> None:
     backbone = model.backbone
     fit(model, examples, windows, args.budget, args.steps)
     backbone.input_scale = 1.0 if args.full_size else shared_size(args.budget)
-    backbone.select.threshold, share = find_threshold(model, examples, windows, args.budget)
+    logits = gate_logits(model, examples, windows)
+    backbone.select.threshold, share = find_threshold(backbone, windows, logits, args.budget)
     write(config, model, changes, reader.dataset.metainfo, args.out)
 
     settled = f'at {backbone.input_scale:.0%} of their size, threshold {backbone.select.threshold:.4g}'

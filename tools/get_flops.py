@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmseg_msvit.flops import PARTS, PLAIN_VITS, HeadMacs, dense_cost, inference_cost, share_cost
-from mmseg_msvit.gates import LearnedGate
+from mmseg_msvit.learned_gates import LearnedGate
 from mmseg_msvit.metrics import summarize_costs
 from mmseg_msvit.mixed_scale import MixedScale
 from mmseg_msvit.tokens import region_grid

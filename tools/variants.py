@@ -24,7 +24,7 @@ from torch.nn import Module
 
 from mmseg_msvit.flops import PLAIN_VITS
 from mmseg_msvit.inspection import as_dense
-from mmseg_msvit.tooling.arena import dense, play, score_gates, score_random, smaller
+from mmseg_msvit.tooling.arena import dense, play, score_random, smaller
 from mmseg_msvit.tooling.command_line import (
     DEVICE,
     InputError,
@@ -36,7 +36,7 @@ from mmseg_msvit.tooling.command_line import (
     write_whole,
 )
 from mmseg_msvit.tooling.dense_pass import find_test_images, gather
-from mmseg_msvit.tooling.gate_fitting import shared_size
+from mmseg_msvit.tooling.gate_fitting import gate_logits, shared_size
 from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
 
 BASE = Path(__file__).parent.parent / 'configs/_base_/msvit.py'
@@ -118,7 +118,7 @@ def test(config: Config, checkpoint: str, name: str, budget: float, device: str)
         examples, windows = over_test_set(model, config)
     results = [replace(dense(model, examples), chooser='fine')]
     kind = name.partition(' + ')[0]
-    score = score_random if kind in ('random', 'coarse') else score_gates
+    score = score_random if kind in ('random', 'coarse') else gate_logits
     if kind == 'dense':
         return [asdict(result) for result in (*results, smaller(model, examples, windows, budget))]
     for size in (1.0,) if kind == 'coarse' else (1.0, shared_size(budget)):

@@ -1,7 +1,6 @@
 # MSViT from scratch on CamVid; labels orient the gate, batch shaping keeps the share of coarse regions near a half.
 #   mim train mmsegmentation configs/camvid/segmenter_msvit-mini_mask_1xb8-4k_camvid-256x256.py
-_base_ = './segmenter_vit-mini_mask_1xb8-4k_camvid-256x256.py'
-custom_imports = dict(imports=['mmseg_msvit'], allow_failed_imports=False)
+_base_ = ['./segmenter_vit-mini_mask_1xb8-4k_camvid-256x256.py', '../_base_/msvit.py']
 model = dict(
     backbone=dict(
         type='MSViT',
@@ -10,6 +9,5 @@ model = dict(
         gate_loss=[dict(type='PurityLoss'), dict(type='GeneralizedBatchShapingLoss', loss_weight=0.1)],
     )
 )
-custom_hooks = [dict(type='GateLossHook')]
 val_evaluator = [_base_.val_evaluator, dict(type='TokenMetric')]
 test_evaluator = val_evaluator

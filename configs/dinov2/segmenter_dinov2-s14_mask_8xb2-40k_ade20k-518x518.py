@@ -1,14 +1,5 @@
 # The dense twin: DINOv2 ViT-S/14 with a mask head on ADE20K, every token fine. Not measured yet.
 #   mim train mmsegmentation \
 #       configs/dinov2/segmenter_dinov2-s14_mask_8xb2-40k_ade20k-518x518.py --launcher pytorch --gpus 8
-_base_ = [
-    '../_base_/models/dinov2-s14_mask.py',
-    '../_base_/datasets/ade20k_518.py',
-    '../_base_/schedules/finetune_40k.py',
-    'mmseg::_base_/default_runtime.py',
-]
-model = dict(
-    data_preprocessor=dict(size=_base_.crop_size),
-    decode_head=dict(num_classes=150),
-    test_cfg=dict(mode='slide', crop_size=_base_.crop_size, stride=(345, 345)),
-)
+_base_ = ['./segmenter_dinov2-s14_fcn_8xb2-40k_ade20k-518x518.py', '../_base_/models/mask_head.py']
+model = dict(decode_head=dict(_base_.mask_head, num_classes=150))

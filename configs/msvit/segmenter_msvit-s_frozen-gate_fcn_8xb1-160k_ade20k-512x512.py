@@ -2,5 +2,5 @@
 #   mim train mmsegmentation \
 #       configs/msvit/segmenter_msvit-s_frozen-gate_fcn_8xb1-160k_ade20k-512x512.py --launcher pytorch --gpus 8
 _base_ = ['./segmenter_msvit-s_fcn_8xb1-160k_ade20k-512x512.py', '../_base_/frozen_gate.py']
-model = dict(backbone=dict(gate=_base_.frozen_gate, gate_loss=None, train_tokens='active'))
+model = dict(backbone=dict(gate=_base_.frozen_gate))
 custom_hooks = []

@@ -20,7 +20,7 @@ from ..inspection import deciding_by
 from ..tokens import Grid, region_grid
 from .comparison import label_areas, mean_iou, predict
 from .dense_pass import Example, Window, pixels
-from .gate_fitting import answers, threshold_within
+from .gate_fitting import find_threshold
 
 # Of each window, of each coarse level, the finest first: (1, hc, wc).
 Scores = List[List[Tensor]]
@@ -85,12 +85,6 @@ def score_doubt(model: nn.Module, examples: Sequence[Example], windows: Sequence
     return scores
 
 
-@torch.no_grad()
-def score_gates(model: nn.Module, examples: Sequence[Example], windows: Sequence[Window]) -> Scores:
-    """The logits of the model's own gates."""
-    return [answers(model.backbone, pixels(model, examples[window.example], window)[None]) for window in windows]
-
-
 CHOOSERS: Dict[str, Callable] = dict(random=score_random, variance=score_variance, doubt=score_doubt)
 
 
@@ -152,7 +146,7 @@ def play(
     """
     logits, threshold = as_logits(scores), 0.0
     if budget is not None:
-        threshold, _ = threshold_within(model.backbone, windows, logits, budget)
+        threshold, _ = find_threshold(model.backbone, windows, logits, budget)
     costs, areas = [], []
     with told(model, logits), deciding_by(model, threshold):
         for example, prediction, cost in predict(model, examples, f'{chooser} {budget or ""}'):

@@ -7,7 +7,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from ..embedding import pad_to_regions
-from ..gates import CERTAIN, FixedGate
+from ..gates import CERTAIN
 from ..mixed_scale import MixedScale
 from ..selection import TokenSelector
 from ..tokens import Grid, PackedTokens, TokenMap
@@ -37,15 +37,6 @@ def force_gate(backbone: MixedScale, coarse_ratio: float) -> None:
     backbone.select.token_budget = None
     for gate in backbone.gates:
         gate.register_forward_hook(answer)
-
-
-def fix_all_fine(backbone: MixedScale) -> None:
-    """Puts gates in place that cost nothing and answer fine: the dense ViT, by the way of mixed scales."""
-    backbone.select.token_budget, backbone.input_scale = None, 1.0
-    backbone.gate = FixedGate(backbone.in_channels, backbone.scales[1])
-    if len(backbone.scales) > 2:
-        coarser = (FixedGate(backbone.in_channels, scale) for scale in backbone.scales[2:])
-        backbone.coarser_gates = nn.ModuleList(coarser)
 
 
 def all_fine(backbone: MixedScale, images: int, grid: Grid, device: torch.device) -> TokenMap:

@@ -123,8 +123,7 @@ def fit(model: nn.Module, examples: List[Example], windows: List[Window], budget
         doubt, known = region_doubt(window.shares[None], backbone.sides[1])
         doubts.append(doubt[known])
     saved = 1 - 1 / backbone.sides[1] ** 2  # of a region's tokens, where it is coarse
-    scale = doubt_scale(torch.cat(doubts), min(max((1 - budget) / saved, 0.05), 0.95))
-    scale = scale.to(next(backbone.parameters()).device)
+    floor, half = doubt_scale(torch.cat(doubts), min(max((1 - budget) / saved, 0.05), 0.95))
     backbone.requires_grad_(False)
     gates = nn.ModuleList(backbone.gates).train().requires_grad_(True)
     for gate in backbone.gates:
@@ -142,9 +141,7 @@ def fit(model: nn.Module, examples: List[Example], windows: List[Window], budget
             doubt, known = region_doubt(shares, side)
             # One threshold serves all levels. A coarse token in place of four finer ones saves three, whatever its
             # size, but leaves all of its area in doubt: the doubt of a larger region counts for as much more.
-            floor, half = scale.unbind()
-            area = (side / backbone.sides[1]) ** 2
-            target = doubt_target(doubt, torch.stack((floor, half / area)))
+            target = doubt_target(doubt, floor, half / (side / backbone.sides[1]) ** 2)
             each = F.binary_cross_entropy_with_logits(logits, target, reduction='none')
             loss = loss + (each * known).sum() / known.sum().clamp(min=1)
         optimizer.zero_grad()
@@ -156,28 +153,15 @@ def fit(model: nn.Module, examples: List[Example], windows: List[Window], budget
 
 
 @torch.no_grad()
-def find_threshold(
-    model: nn.Module, examples: List[Example], windows: List[Window], budget: float
-) -> Tuple[float, float]:
-    """The one threshold of the gates, for all images and levels, that meets a budget on these windows.
-
-    Args:
-        model: with fitted gates.
-        examples: by :func:`.dense_pass.gather`.
-        windows: likewise.
-        budget: the share of the dense tokens, cls and registers among both, over all windows.
-
-    Returns, Raises:
-        As :func:`threshold_within`.
-    """
-    logits = [
+def gate_logits(model: nn.Module, examples: Sequence[Example], windows: Sequence[Window]) -> List[List[Tensor]]:
+    """What the gates say of each window: (1, hc, wc) for each coarse level, the finest first."""
+    return [
         answers(model.backbone, pixels(model, examples[window.example], window)[None])
-        for window in track(windows, 'threshold')
+        for window in track(windows, 'gates')
     ]
-    return threshold_within(model.backbone, windows, logits, budget)
 
 
-def threshold_within(
+def find_threshold(
     backbone: MixedScale, windows: Sequence[Window], logits: Sequence[List[Tensor]], budget: float
 ) -> Tuple[float, float]:
     """The one threshold, for all windows and levels, that meets a budget.
@@ -185,7 +169,7 @@ def threshold_within(
     Args:
         backbone: whose levels and prefix are meant.
         windows: by :func:`.dense_pass.gather`.
-        logits: of each window, (1, hc, wc) for each coarse level, the finest first.
+        logits: by :func:`gate_logits`.
         budget: the share of the dense tokens, cls and registers among both, over all windows.
 
     Returns:

@@ -150,22 +150,6 @@ class Analysis:
             place=dict(images=len(maps), coarse=share.round(4).tolist(), std=maps.std(0).round(4).tolist()),
         )
 
-    def fewest(self) -> List[dict]:
-        """The images with the fewest tokens, as :meth:`most`."""
-        return [self._drawn(extreme) for extreme in self.extremes[: self._shown()]]
-
-    def most(self) -> List[dict]:
-        """The images with the most tokens: ``index``, ``tokens``, ``dense`` and the ``picture``."""
-        return [self._drawn(extreme) for extreme in self.extremes[::-1][: self._shown()]]
-
-    def _shown(self) -> int:
-        return min(SHOWN, len(self.tokens) // 2) or 1
-
-    def _drawn(self, extreme: Tuple[int, int, tuple]) -> dict:
-        tokens, index, what = extreme
-        picture = sample_figure(self.backbone, *what, self.palette)
-        return dict(index=index, tokens=tokens, dense=self.dense[index], picture=picture)
-
 
 def plots(analysis: Analysis, numbers: dict) -> Dict[str, Figure]:
     """The report's plots by name."""
@@ -233,10 +217,12 @@ def page(analysis: Analysis, numbers: dict, template: str, config: str, checkpoi
         figure.savefig(buffer, format='png')
         uris[name] = data_uri(buffer.getvalue())
 
-    def with_uri(image):
-        _, png = cv2.imencode('.png', image['picture'][..., ::-1])
-        return dict(image, uri=data_uri(png.tobytes()))
+    def drawn(extreme):
+        tokens, index, what = extreme
+        _, png = cv2.imencode('.png', sample_figure(analysis.backbone, *what, analysis.palette)[..., ::-1])
+        return dict(index=index, tokens=tokens, dense=analysis.dense[index], uri=data_uri(png.tobytes()))
 
+    shown = min(SHOWN, len(analysis.tokens) // 2) or 1
     return (
         jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
         .from_string(template)
@@ -247,8 +233,8 @@ def page(analysis: Analysis, numbers: dict, template: str, config: str, checkpoi
             checkpoint=checkpoint,
             ignored=analysis.ignored,
             extremes=[
-                ('Fewest tokens', [with_uri(image) for image in analysis.fewest()]),
-                ('Most tokens', [with_uri(image) for image in analysis.most()]),
+                ('Fewest tokens', [drawn(extreme) for extreme in analysis.extremes[:shown]]),
+                ('Most tokens', [drawn(extreme) for extreme in analysis.extremes[::-1][:shown]]),
             ],
         )
     )

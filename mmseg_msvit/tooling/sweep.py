@@ -13,10 +13,9 @@ from mmseg.evaluation import IoUMetric
 from rich.progress import track
 from torch import nn
 
-from ..flops import PLAIN_VITS, HeadMacs, add_up, dense_cost, pass_costs
+from ..flops import PLAIN_VITS, HeadMacs, add_up, inference_cost, pass_costs
 from ..inspection import deciding_by, record_tokens
 from ..mixed_scale import MixedScale
-from ..tokens import region_grid
 from .command_line import InputError
 from .testset import iou_metric, load_config, load_model, load_testset
 from .timing import timed
@@ -49,36 +48,22 @@ class Variant:
 
     def test(self, data: dict, counts: bool = True) -> None:
         """Runs one image, and unless it only warms up, counts it."""
-        passes, seconds, result = self._run_dense(data) if self.threshold is None else self._run_gated(data)
+        if self.threshold is None:
+            seconds, result = self._timed(data)
+            cost = inference_cost(self.model, self.heads, data)
+        else:
+            with deciding_by(self.model, self.threshold), record_tokens(self.model) as seen:
+                seconds, result = self._timed(data)
+            cost = add_up([c for tokens, _ in seen for c in pass_costs(self.model.backbone, tokens, self.heads)])
         if counts:
             self.seconds.append(seconds)
-            self.images.append(add_up(passes))
+            self.images.append(cost)
             self.iou.process(data, [sample.to_dict() for sample in result])
-
-    def _run_gated(self, data: dict) -> tuple:
-        with deciding_by(self.model, self.threshold), record_tokens(self.model) as seen:
-            seconds, result = self._timed(data)
-        return (
-            [image for tokens, _ in seen for image in pass_costs(self.model.backbone, tokens, self.heads)],
-            seconds,
-            result,
-        )
-
-    def _run_dense(self, data: dict) -> tuple:
-        backbone, grids = self.model.backbone, []
-        handle = backbone.register_forward_pre_hook(
-            lambda module, args: grids.append(region_grid(args[0].shape[2:], backbone.patch_size))
-        )
-        try:
-            seconds, result = self._timed(data)
-        finally:
-            handle.remove()
-        return [dense_cost(backbone, grid, self.heads) for grid in grids], seconds, result
 
     @torch.no_grad()
     def _timed(self, data: dict) -> tuple:
-        data = deepcopy(data)  # the model writes into its samples
-        return timed(self.model.test_step, data, next(self.model.parameters()).device)
+        batch = pseudo_collate([deepcopy(data)])  # the model writes into its samples
+        return timed(self.model.test_step, batch, next(self.model.parameters()).device)
 
     def point(self, reference: 'Variant') -> dict:
         """What has been measured: means over the images, median of time and of its ratio to the reference's."""
@@ -123,7 +108,7 @@ def measure(runs: Sequence[Run], thresholds: Sequence[float], device: str) -> Tu
 
     MMLogger.get_instance('sweep', log_level='WARNING')  # else IoUMetric prints a table for each variant
     for i in track(range(-1, next(iter(sizes.values()))), 'images'):
-        data = {config: pseudo_collate([dataset[max(i, 0)]]) for config, dataset in datasets.items()}
+        data = {config: dataset[max(i, 0)] for config, dataset in datasets.items()}
         for variant in variants:
             variant.test(data[variant.run.config], counts=i >= 0)  # the first image once more, to warm up
     reference = next((v for v in variants if v.threshold is None), variants[0])
