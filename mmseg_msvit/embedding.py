@@ -7,8 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .tokens import Grid, TokenMap, region_grid
+from .positions import wide
+from .tokens import Grid, TokenMap, region_grid, shrunk_grid
 from .tracing import first, traced
+
+
+def shrink(images: Tensor, patch: int, scale: float) -> Tensor:
+    """Images (B, C, H, W), smaller by a factor in (0, 1], to whole cells of ``patch`` pixels; with 1 as they are."""
+    if scale == 1:
+        return images
+    size = [cells * patch for cells in shrunk_grid(region_grid(images.shape[2:], patch), scale)]
+    return F.interpolate(wide(images), size, mode='bilinear', antialias=True).to(images.dtype)
 
 
 def pad_to_regions(images: Tensor, patch: int, side: int) -> Tuple[Tensor, Grid]:

@@ -19,7 +19,7 @@ from .blocks import block_of
 from .gates import VarianceGate
 from .mixed_scale import MixedScale
 from .selection import TokenSelector
-from .tokens import Grid, TokenMap, region_grid
+from .tokens import Grid, TokenMap, region_grid, shrunk_grid
 from .versions import unfused_attention
 
 # mmseg's, whose blocks can be counted.
@@ -228,7 +228,7 @@ def share_cost(backbone: MixedScale, heads: HeadMacs, grid: Grid, share: float) 
         grid: (h, w), the cells of the image as the dense ViT has it.
         share: of regions that are coarse.
     """
-    gates, dense_grid, grid = [], grid, backbone.reduced_grid(grid)
+    gates, dense_grid, grid = [], grid, shrunk_grid(grid, backbone.input_scale)
     for side in backbone.sides[1:]:  # on a blank image of a pixel a cell they choose by place
         image = torch.zeros(1, 1, *(regions * side for regions in region_grid(grid, side)))
         gates.append(partial(VarianceGate(1, side, coarse_ratio=share), image))

@@ -14,6 +14,7 @@ from mmseg.registry import MODELS
 from torch import Tensor
 
 from .embedding import patchify
+from .tracing import first
 
 # A decided gate's logit: sigmoid(20) is 1 - 2e-9, so that it is beyond any threshold that one would set.
 CERTAIN = 20.0
@@ -80,6 +81,12 @@ class Gate(BaseModule):
     def macs(self, grid: Tuple[int, int]) -> int:
         """Multiply-accumulates of one image of (hc, wc) regions."""
         raise NotImplementedError
+
+
+def ask(gate: Gate, images: Tensor, grid: Tuple[int, int], left: Optional[Tensor] = None) -> Tensor:
+    """A gate's logits (B, hc, wc); finer regions of padding alone, which the coarsest ones bring, are cut off."""
+    height, width = (regions * gate.region for regions in grid)
+    return gate(first(first(images, height, 2), width, 3), grid, left)
 
 
 class ForcedGate(Gate):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .mixed_scale import MixedScale
 from .selection import Decision
-from .tokens import TokenMap
+from .tokens import TokenMap, shrunk_grid
 
 
 def find_msvit(model: nn.Module) -> MixedScale:
@@ -120,7 +120,8 @@ def seen_size(backbone: MixedScale, tokens: TokenMap, sample: SegDataSample) -> 
     image, padded = sample.img_shape[:2], sample.metainfo.get('pad_shape', sample.img_shape)[:2]
     if tokens.dense_grid is None:
         return tuple(image)
-    embedded = [cells * backbone.patch_size for cells in backbone.reduced_grid(tokens.dense_grid)]  # without regions'
+    cells = shrunk_grid(tokens.dense_grid, backbone.input_scale)
+    embedded = [n * backbone.patch_size for n in cells]  # without what fills the regions
     height, width = (max(1, round(part * to / whole)) for part, to, whole in zip(image, embedded, padded))
     return height, width
 

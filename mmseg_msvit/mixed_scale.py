@@ -11,7 +11,6 @@ from typing import Callable, ClassVar, Dict, List, Optional, Sequence, Tuple, Un
 from weakref import WeakSet
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,13 +24,14 @@ from .embedding import (
     add_out_detail,
     candidate_patches,
     pad_to_regions,
+    shrink,
 )
 from .gated import Gated
-from .gates import Gate
-from .positions import table_positions, wide
+from .gates import ask
+from .positions import table_positions
 from .selection import Decision, TokenSelector, candidate_number, raise_not_finite
-from .tokens import Grid, PackedTokens, TokenMap, region_grid, smooth_coarse
-from .tracing import first, traced
+from .tokens import PackedTokens, TokenMap, region_grid, smooth_coarse
+from .tracing import traced
 from .weights import TakesWeights
 
 COARSE_EMBED = ('resize', 'resize+detail')
@@ -216,31 +216,11 @@ class MixedScale(Gated, TakesWeights):
             ValueError, FloatingPointError: as :meth:`forward`.
         """
         self._check(images)
-        dense_grid = region_grid(images.shape[2:], self.patch_size) if self.reduces else None
-        images, grid = pad_to_regions(self.reduce(images), self.patch_size, self.sides[-1])
+        scale = 1.0 if self.training else self.input_scale
+        dense_grid = None if scale == 1 else region_grid(images.shape[2:], self.patch_size)
+        images, grid = pad_to_regions(shrink(images, self.patch_size, scale), self.patch_size, self.sides[-1])
         tokens, decision = self.select([partial(ask, gate, images) for gate in self.gates], grid, dense_grid)
         return images, tokens, decision
-
-    @property
-    def reduces(self) -> bool:
-        """Whether images are made smaller."""
-        return self.input_scale != 1 and not self.training
-
-    def reduced_grid(self, grid: Grid) -> Grid:
-        """The cells of an image of (h, w) cells once it is smaller."""
-        if self.input_scale == 1:
-            return grid
-        per_mille = round(1000 * self.input_scale)
-        h, w = (torch.sym_max(1, (cells * per_mille + 500) // 1000) for cells in grid)  # whole numbers can be traced
-        return h, w
-
-    def reduce(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) as they are embedded: at test time smaller, where ``input_scale`` says so."""
-        if not self.reduces:
-            return images
-        grid = self.reduced_grid(region_grid(images.shape[2:], self.patch_size))
-        size = [cells * self.patch_size for cells in grid]
-        return F.interpolate(wide(images), size, mode='bilinear', antialias=True).to(images.dtype)
 
     def embed(self, images: Tensor, tokens: TokenMap) -> Tensor:
         """Makes the tokens that are kept, and no others, with their positions: (N, C).
@@ -326,12 +306,6 @@ class MixedScale(Gated, TakesWeights):
             raise ValueError(f'images must be (B, in_channels={self.in_channels}, H, W), got {tuple(images.shape)}')
         if not traced() and not images.sum(dtype=torch.float32).isfinite():
             raise_not_finite('pixels of the images', images)
-
-
-def ask(gate: Gate, images: Tensor, grid: Grid, left: Optional[Tensor] = None) -> Tensor:
-    """A gate's logits (B, hc, wc); finer regions of padding alone, which the coarsest ones bring, are cut off."""
-    height, width = (regions * gate.region for regions in grid)
-    return gate(first(first(images, height, 2), width, 3), grid, left)
 
 
 def _check_scales(scales: Sequence[int], patch_size: int) -> Tuple[int, ...]:

@@ -277,6 +277,13 @@ def region_grid(grid: Grid, side: int) -> Grid:
     return (grid[0] + side - 1) // side, (grid[1] + side - 1) // side
 
 
+def shrunk_grid(grid: Grid, scale: float) -> Grid:
+    """The cells of an image of (h, w) cells once its height and width are less by a factor in (0, 1]."""
+    per_mille = round(1000 * scale)
+    h, w = (torch.sym_max(1, (cells * per_mille + 500) // 1000) for cells in grid)  # whole numbers can be traced
+    return h, w
+
+
 def region_of_cell(grid: Grid, side: int, device=None) -> Tensor:
     """(h * w,) int64, the index hc * wc of the region that each cell lies in."""
     h, w = grid

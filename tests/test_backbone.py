@@ -8,7 +8,7 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
 from mmseg_msvit.blocks import Places
-from mmseg_msvit.embedding import pad_to_regions
+from mmseg_msvit.embedding import pad_to_regions, shrink
 from mmseg_msvit.flops import pass_costs
 from mmseg_msvit.inspection import record_tokens, seen_size
 
@@ -500,6 +500,6 @@ def test_the_size_of_what_was_embedded_without_its_padding(image, padded, input_
         model(pixels)
     sample = SegDataSample(metainfo=dict(img_shape=image, pad_shape=padded))
     height, width = seen_size(model, seen[0][0], sample)
-    white = model.reduce(pixels)[0, 0]
+    white = shrink(pixels, model.patch_size, input_scale)[0, 0]
     assert white[:, 0].sum().item() == pytest.approx(height, abs=0.6)
     assert white[0].sum().item() == pytest.approx(width, abs=0.6)

@@ -14,7 +14,7 @@ from mmseg.models.backbones import VisionTransformer
 from mmseg.registry import MODELS
 
 from mmseg_msvit.selection import TokenSelector
-from mmseg_msvit.tokens import PackedTokens, region_grid
+from mmseg_msvit.tokens import PackedTokens, region_grid, shrunk_grid
 
 TABLE = (4, 6)  # cells
 SMALL = dict(embed_dims=16, num_layers=2, num_heads=2, final_norm=True)
@@ -203,7 +203,7 @@ def test_outputs_of_whole_backbones(kind, size, images, indices, wanted, dtype, 
     model.out_types = ['tokens' if wanted == 'tokens' else 'grid'] * len(indices)
     pixels = random(images, 3, *size, seed=seed, dtype=dtype)
     _, tokens, _ = model.tokenize(pixels)
-    grid = model.reduced_grid(cells_of(model, size))
+    grid = shrunk_grid(cells_of(model, size), scale)
     assert tokens.grid == grid and tokens.dense_length == np.prod(cells_of(model, size)) + tokens.prefix
     if gate in ('fine', 'coarse'):
         assert set(tokens.level.tolist()) - {-1} == {0 if gate == 'fine' else levels - 1}

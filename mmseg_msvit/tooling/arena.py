@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..doubt import region_doubt
-from ..embedding import pad_to_regions, patchify
+from ..embedding import pad_to_regions, patchify, shrink
 from ..flops import add_up
 from ..inspection import deciding_by
-from ..tokens import Grid, region_grid
+from ..tokens import Grid, region_grid, shrunk_grid
 from .comparison import label_areas, mean_iou, predict
 from .dense_pass import Example, Window, pixels
 from .gate_fitting import find_threshold
@@ -64,7 +64,7 @@ def score_variance(model: nn.Module, examples: Sequence[Example], windows: Seque
     """Regions whose pixels vary least are coarse."""
     backbone, scores = model.backbone, []
     for window in windows:
-        image = backbone.reduce(pixels(model, examples[window.example], window)[None])
+        image = shrink(pixels(model, examples[window.example], window)[None], backbone.patch_size, backbone.input_scale)
         padded, grid = pad_to_regions(image, backbone.patch_size, backbone.sides[-1])
         levels = []
         for scale, side in zip(backbone.scales[1:], _sides(model)):
@@ -93,7 +93,7 @@ def _sides(model: nn.Module) -> Sequence[int]:
 
 
 def _grid(model: nn.Module, window: Window) -> Grid:
-    return model.backbone.reduced_grid(tuple(window.shares.shape[1:]))
+    return shrunk_grid(tuple(window.shares.shape[1:]), model.backbone.input_scale)
 
 
 def _area(model: nn.Module, side: int) -> float:

@@ -23,7 +23,7 @@ from ..doubt import doubt_scale, doubt_target, region_doubt
 from ..gates import FixedGate
 from ..mixed_scale import MixedScale
 from ..selection import TokenSelector
-from ..tokens import Grid
+from ..tokens import Grid, shrunk_grid
 from ..whole_models import OF_GATES
 from .command_line import InputError, write_whole
 from .dense_pass import Example, Window, pixels
@@ -183,7 +183,7 @@ def find_threshold(
     for window, levels in zip(windows, logits):
         h, w = window.shares.shape[1:]
         dense += h * w + prefix
-        found.setdefault(backbone.reduced_grid((h, w)), []).append(levels)
+        found.setdefault(shrunk_grid((h, w), backbone.input_scale), []).append(levels)
     groups = {grid: [torch.cat(level) for level in zip(*group)] for grid, group in found.items()}
 
     def share(threshold: float) -> float:
