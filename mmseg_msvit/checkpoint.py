@@ -20,8 +20,10 @@ GATES = ('gate.', 'coarser_gates.')
 # Tensors that a backbone may have of its own; the rest is the library's ViT, which a checkpoint must fit.
 ADDED = (*GATES, 'gate_losses.', 'coarse_detail.', 'coarser_details.', 'out_details.')
 # A tensor that a source has there and that finds no place changes every feature.
-INNER = ('patch_embed.', 'pos_embed', 'register_tokens', 'ln_pre.', 'layers.')
-# What a backbone needs besides weights.
+INNER = ('patch_embed.', 'pos_embed', 'register_tokens', 'rope.', 'ln_pre.', 'layers.')
+# A norm without a bias may be an RMSNorm.
+NORM_BIAS = r'(^|\.)(ln\d|ln_pre|norm)\.bias$'
+# What a backbone needs besides weights and those.
 NEEDED = ('cls_token', 'pos_embed', 'register_tokens', 'gamma_1', 'gamma_2', 'relative_position_bias_table')
 
 NO_PLACE, MISSING = 'finds no place', 'is missing'
@@ -98,15 +100,16 @@ def _grouped(names: List[str]) -> List[str]:
     return [parent if count == 1 else f'{parent}.* ({count})' for parent, count in groups.items()]
 
 
-def adapt(backbone: nn.Module, tensors: Dict[str, Tensor], prefix: str = '') -> Dict[str, str]:
+def adapt(backbone: nn.Module, tensors: Dict[str, Tensor], prefix: str = '', square: bool = False) -> Dict[str, str]:
     """Brings the state dict of this ViT for another image size, or of a plain one, in place, to this backbone's grids.
 
-    A bias that it lacks is zero, as in mmseg's and CLIP's patch embeddings.
+    A bias that it lacks is zero, as in mmseg's and CLIP's patch embeddings; but a norm without one may be an RMSNorm.
 
     Args:
         backbone: of any family.
         tensors: by their names here.
         prefix: what comes before these names.
+        square: whether they are of a library whose ViTs are pretrained on squares.
 
     Returns:
         Name, without prefix -> what was done.
@@ -123,11 +126,11 @@ def adapt(backbone: nn.Module, tensors: Dict[str, Tensor], prefix: str = '') -> 
         source, how = tensors.get(prefix + name), None
         if source is None:
             lacks_bias = name.endswith('bias') and f'{prefix}{name[:-4]}weight' in tensors
-            if whole and lacks_bias and not name.startswith(ADDED):
+            if whole and lacks_bias and not name.startswith(ADDED) and not re.search(NORM_BIAS, name):
                 source, how = torch.zeros_like(own), 'is zero: the source has none'
         elif name == 'pos_embed' and source.ndim == 3:
             source, how = resample_positions(
-                source, backbone.pos_grid, backbone.interpolate_mode, regions, backbone.sides[1]
+                source, backbone.pos_grid, backbone.interpolate_mode, regions, backbone.sides[1], square
             )
         elif name.endswith('relative_position_index'):
             source = own  # it follows from the window
@@ -162,7 +165,8 @@ def misfits(backbone: nn.Module, tensors: Dict[str, Tensor], prefix: str = '') -
     wrong = {name: how for name, how in misshapen(backbone, tensors, prefix).items() if not name.startswith(ADDED)}
     wrong.update({name: NO_PLACE for name in source if name.startswith(INNER) and name not in own})
     may_lack = backbone.may_lack if backbone.with_cls_token else (*backbone.may_lack, 'cls_token')
-    needed = [name for name in own if name.endswith(('weight', *NEEDED)) and not name.endswith(may_lack)]
+    needed = [name for name in own if name.endswith(('weight', *NEEDED)) or re.search(NORM_BIAS, name)]
+    needed = [name for name in needed if not name.endswith(may_lack)]
     wrong.update({name: MISSING for name in needed if name not in source})
     return wrong
 
@@ -230,7 +234,7 @@ def fit(
         if old != new:
             renamed[PATCH_WEIGHT] = resample_patch(renamed[PATCH_WEIGHT], new)
             report.resized[PATCH_WEIGHT] = '{}x{} -> {}x{} pixels'.format(*old, *new)
-    report.resized.update(adapt(backbone, renamed))
+    report.resized.update(adapt(backbone, renamed, square=layout != 'mmseg'))
     report.misshapen = misshapen(backbone, renamed)
     fitted = {}
     for name, tensor in renamed.items():

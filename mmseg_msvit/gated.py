@@ -120,9 +120,15 @@ class Gated:
 def _gate_of_level(cfg: dict, level: int) -> dict:
     """The config, with the place in a checkpoint where the gate of a coarser level stands."""
     init = cfg.get('init_cfg') if isinstance(cfg, dict) else None
-    if level == 1 or not init or not init.get('prefix', '').endswith('gate.'):
+    if level == 1 or not init:
         return cfg
-    return {**cfg, 'init_cfg': {**init, 'prefix': f'{init["prefix"][: -len("gate.")]}coarser_gates.{level - 2}.'}}
+    before, name, _ = init.get('prefix', '').rstrip('.').rpartition('gate')
+    if not name or (before and not before.endswith('.')):
+        raise ValueError(
+            "gate.init_cfg: wanted a prefix that ends with 'gate.', beside which the gates of coarser levels stand, "
+            f'got {init.get("prefix", "")!r}'
+        )
+    return {**cfg, 'init_cfg': {**init, 'prefix': f'{before}coarser_gates.{level - 2}.'}}
 
 
 def _build(argument: str, cfg: dict, base: type, **shape) -> nn.Module:

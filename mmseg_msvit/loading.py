@@ -119,6 +119,11 @@ def _of_family(layout: str, tensors: Dict[str, Tensor], given: dict) -> dict:
     if 'pos_embed' in tensors:
         gate = tensors.get('gate.pos_embed')
         _, grid = source_grid(tensors['pos_embed'].shape[1], regions=None if gate is None else gate.shape[2:])
+        if gate is None and any(name.startswith('gate.') for name in tensors) and 'img_size' not in given:
+            size = 'x'.join(str(cells * patch) for cells in grid)
+            print_log(
+                f'img_size is taken as {size}: give it if that is not what the model had', 'current', logging.WARNING
+            )
     elif family(tensors) is MSBEiT:
         offsets = len(tensors['layers.0.attn.relative_position_bias_table']) - 3  # and three of cls
         grid = ((math.isqrt(offsets) + 1) // 2,) * 2
@@ -131,7 +136,8 @@ def _of_family(layout: str, tensors: Dict[str, Tensor], given: dict) -> dict:
     scaled = 'layers.0.gamma_1' in tensors
     gated = 'layers.0.ffn.w12.weight' in tensors
     rotary = 'pos_embed' not in tensors
-    if 'rope' not in given and ((rotary and not registers) or (gated and not scaled)):
+    dinov3 = rotary and registers and 'cls_token' in tensors
+    if 'rope' not in given and ((rotary and not dinov3) or (gated and not scaled)):
         have = 'positions neither as a table nor as DINOv3' if rotary else 'a SwiGLU without layer scale, as EVA-02'
         raise ValueError(
             f'checkpoint: wanted a ViT with a table of positions, or DINOv3, got {have}, whose positions may be of a '

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .embedding import patchify
 from .gate_losses import GateLoss
+from .selection import Decision
+from .tokens import TokenMap
 
 IGNORE_INDEX = 255
 
@@ -40,6 +42,15 @@ class PurityLoss(GateLoss):
             raise ValueError(f'purity must be in (0, 1], got {purity}')
         self.purity = purity
         self.ignore_index = ignore_index
+
+    def of_step(self, decision: Decision, tokens: TokenMap, data_samples: Sequence, images: Tensor) -> Tensor:
+        sizes = {tuple(sample.gt_sem_seg.shape) for sample in data_samples if 'gt_sem_seg' in sample}
+        if sizes - {tuple(images.shape[2:])}:
+            raise ValueError(
+                f'PurityLoss wanted labels as large as the images, {tuple(images.shape[2:])}, got {sorted(sizes)}: it '
+                'reads them region by region'
+            )
+        return super().of_step(decision, tokens, data_samples, images)
 
     def forward(self, logits: Tensor, data_samples: Sequence) -> Tensor:
         if not data_samples or any('gt_sem_seg' not in sample for sample in data_samples):

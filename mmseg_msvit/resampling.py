@@ -24,12 +24,18 @@ def resample_grid(parameter: Tensor, grid: Grid) -> Tensor:
 
 
 def resample_positions(
-    source: Tensor, pos_grid: Grid, mode: str, regions: Optional[Grid] = None, side: int = 2
+    source: Tensor,
+    pos_grid: Grid,
+    mode: str,
+    regions: Optional[Grid] = None,
+    side: int = 2,
+    square: bool = False,
 ) -> Tuple[Tensor, Optional[str]]:
     """A source's position table on the model's grid.
 
     A table does not say its grid. The region grid of a gate beside it does; else as many cells as the model has are in
-    the model's grid, and a square number of them in a square.
+    the model's grid, and a square number of them in a square. Where both would do, as 576 cells in 18x32 and in 24x24,
+    ``square`` chooses.
 
     Args:
         source: (1, extra + cells, C), where extra are the positions of cls and distillation tokens, 0 to 2 of them.
@@ -37,6 +43,7 @@ def resample_positions(
         mode: interpolation mode.
         regions: (hc, wc), the region grid of the source's gate, if it has one.
         side: cells along a region's side.
+        square: whether a square is likelier than the model's grid.
 
     Returns:
         (1, 1 + gh * gw, C), and what was done, None for nothing. Without a cls position in the source it is zero: the
@@ -46,9 +53,11 @@ def resample_positions(
         ValueError: the source's grid cannot be told.
     """
     pos_grid = tuple(pos_grid)
-    extra, grid = source_grid(source.shape[1], pos_grid, regions, side)
+    extra, grid = source_grid(source.shape[1], pos_grid, regions, side, square)
     if grid == pos_grid and extra == 1:
-        return source, None
+        root = math.isqrt(grid[0] * grid[1])
+        unsure = regions is None and root**2 == grid[0] * grid[1] and grid[0] != grid[1]
+        return source, f'is taken as {grid[0]}x{grid[1]}, not as {root}x{root}' if unsure else None
     cls = source[:, :1] if extra else torch.zeros_like(source[:, :1])
     cells = torch.cat((cls, source[:, extra:]), 1)
     if grid == pos_grid and extra == 0:
@@ -61,7 +70,11 @@ def resample_positions(
 
 
 def source_grid(
-    count: int, pos_grid: Optional[Grid] = None, regions: Optional[Grid] = None, side: int = 2
+    count: int,
+    pos_grid: Optional[Grid] = None,
+    regions: Optional[Grid] = None,
+    side: int = 2,
+    square: bool = False,
 ) -> Tuple[int, Grid]:
     """Extra positions and grid of a table of so many positions; arguments and errors of :func:`resample_positions`."""
     for extra in (1, 0, 2):
@@ -72,10 +85,11 @@ def source_grid(
             return extra, grids[0]
     for extra in (1, 0, 2):
         cells = count - extra
-        if pos_grid and cells == pos_grid[0] * pos_grid[1]:
-            return extra, pos_grid
-        if cells > 0 and math.isqrt(cells) ** 2 == cells:
-            return extra, (math.isqrt(cells),) * 2
+        root = math.isqrt(max(cells, 0))
+        found = [pos_grid] if pos_grid and cells == pos_grid[0] * pos_grid[1] else []
+        found += [(root, root)] if root and root**2 == cells else []
+        if found:
+            return extra, found[-1 if square else 0]
     wanted = f'a square grid or of {pos_grid}' if pos_grid else 'a square grid'
     raise ValueError(
         f'checkpoint: wanted pos_embed of {wanted}, with at most 2 more tokens, got {count} '

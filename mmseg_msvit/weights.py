@@ -42,8 +42,13 @@ class TakesWeights:
         ``resample_patch=True`` in ``init_cfg`` it may be of another patch size.
 
         Raises:
-            ValueError: the checkpoint cannot be read, or is not of this architecture.
+            ValueError: the checkpoint cannot be read, or is not of this architecture; or ``init_cfg`` is a list in
+                which a checkpoint is not alone.
         """
+        if isinstance(self.init_cfg, (list, tuple)) and any(c['type'].startswith('Pretrained') for c in self.init_cfg):
+            if len(self.init_cfg) > 1:
+                raise ValueError(f'init_cfg: wanted a checkpoint and nothing beside it, got {self.init_cfg}')
+            (self.init_cfg,) = self.init_cfg
         if isinstance(self.init_cfg, dict) and self.init_cfg['type'].startswith('Pretrained'):
             path, prefix = self.init_cfg['checkpoint'], self.init_cfg.get('prefix', '')
             tensors = tensors_below(read_checkpoint(path), prefix)

@@ -47,7 +47,8 @@ def build(checkpoint=None, **options):
 
 
 def timm_vit(**options):
-    model = TimmViT(img_size=64, patch_size=16, embed_dim=32, depth=3, num_heads=2, num_classes=5, **options)
+    shape = dict(img_size=64, patch_size=16, embed_dim=32, depth=3, num_heads=2, num_classes=5)
+    model = TimmViT(**{**shape, **options})
     randomize(model)
     return model.eval()
 
@@ -352,6 +353,17 @@ def test_a_gate_that_is_not_in_the_file_does_not_answer_for_it(theirs, ours, mes
             load_segmentor(model, str(tmp_path / 'a.pth'))
 
 
+def test_init_cfg_may_be_a_list_of_one_checkpoint(tmp_path):
+    source = build(gate=dict(type='MLPGate'), coarse_embed='resize+detail')
+    randomize(source)
+    torch.save(source.state_dict(), tmp_path / 'a.pth')
+    init = [dict(type='Pretrained', checkpoint=str(tmp_path / 'a.pth'))]
+    model = build(gate=dict(type='MLPGate'), coarse_embed='resize+detail', init_cfg=init)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), source.state_dict().values()))
+    with pytest.raises(ValueError, match='init_cfg: wanted a checkpoint and nothing beside it'):
+        build(init_cfg=[*init, dict(type='TruncNormal', layer='Linear')])
+
+
 def test_a_gate_of_another_shape_is_refused(tmp_path):
     source, model = (MODELS.build(segmentor(gate=dict(type='MLPGate'), scales=(16, side))) for side in (32, 64))
     torch.save(source.state_dict(), tmp_path / 'a.pth')
@@ -439,7 +451,8 @@ def test_a_misshapen_tensor_is_refused_by_mmengine_too():
 
 
 @pytest.mark.parametrize('shape, table, how', [
-    (17, (4, 4), None), (17, (2, 8), None), (16, (4, 4), 'without cls'), (26, (3, 7), '5x5 -> 3x7'),
+    (17, (4, 4), None), (22, (3, 7), None), (17, (2, 8), 'is taken as 2x8, not as 4x4'),
+    (16, (4, 4), 'without cls'), (26, (3, 7), '5x5 -> 3x7'),
     (10, (2, 5), '3x3 -> 2x5'), (18, (2, 8), '2x8 -> 2x8, 2 extra positions'),
     (25, (4, 4), '5x5 -> 4x4, 0 extra positions'), (27, (4, 4), '5x5 -> 4x4, 2 extra positions'),
 ])  # fmt: skip
@@ -448,17 +461,33 @@ def test_positions_by_grid(shape, table, how):
     assert out.shape == (1, 1 + table[0] * table[1], 6) and done == how
 
 
+def test_a_pretrained_table_of_as_many_cells_as_a_wide_image_has_is_a_square():
+    """18x32 cells, of a 16:9 image, are as many as 24x24; by mmseg's names, a trained model's, they are 18x32."""
+    source = timm_vit(img_size=96, patch_size=4)
+    backbone = build(img_size=(72, 128), patch_size=4, scales=(4, 8))
+    fitted, report = fit(backbone, source.state_dict())
+    assert report.resized['pos_embed'] == '24x24 -> 18x32'
+    wanted = VisionTransformer.resize_pos_embed(source.pos_embed, (18, 32), (24, 24), 'bicubic')
+    torch.testing.assert_close(fitted['pos_embed'], wanted.data)
+    fitted, report = fit(backbone, {**backbone.state_dict(), 'pos_embed': source.pos_embed.data})
+    assert report.resized['pos_embed'] == 'is taken as 18x32, not as 24x24'
+    assert torch.equal(fitted['pos_embed'], source.pos_embed)
+
+
 def test_report_says_what_became_of_each_tensor(tmp_path):
     weights = timm_vit().state_dict()
     weights['pos_embed'] = torch.randn(1, 26, 32)
-    del weights['norm.bias']
+    del weights['patch_embed.proj.bias']
     fitted, report = fit(build(gate=dict(type='MLPGate')), weights)
     zero = 'is zero: the source has none'
-    assert report.layout == 'timm' and report.resized == {'pos_embed': '5x5 -> 4x4', 'ln1.bias': zero}
+    assert report.layout == 'timm' and report.resized == {
+        'pos_embed': '5x5 -> 4x4',
+        'patch_embed.projection.bias': zero,
+    }
     assert report.initial and all(name.startswith(('gate.', 'gate_losses.')) for name in report.initial)
     assert set(report.unused) == {'head.weight', 'head.bias'}
     assert len(report.matched) + 2 == len(fitted)
-    for words in ('layout of timm', 'pos_embed 5x5 -> 4x4', 'ln1.bias', 'head.weight'):
+    for words in ('layout of timm', 'pos_embed 5x5 -> 4x4', 'patch_embed.projection.bias', 'head.weight'):
         assert words in str(report)
 
 
@@ -480,7 +509,7 @@ def test_layer_scale_is_folded(names, images, tmp_path):
     (lambda path: torch.save(TimmViT(embed_dim=48, depth=3, num_heads=2).state_dict(), path),
      r'this very ViT, got \d+ .*ln1.weight \(48,\), wanted \(32,\).* more\. Set the backbone\'s embed_dims\n'),
     (lambda path: torch.save(TimmViT(embed_dim=32, depth=1, num_heads=2).state_dict(), path),
-     r"got 12 that do not fit: layers.1.ln1.weight is missing.*Set the backbone's num_layers\n"),
+     r"got 16 that do not fit: layers.1.ln1.weight is missing.*Set the backbone's num_layers\n"),
     (lambda path: torch.save({'fc.weight': torch.zeros(2)}, path), r"wanted a ViT in the layout of .* got 1 tensors"),
     (lambda path: path.write_bytes(b'PK\x03\x04 not a checkpoint'), 'wanted a whole checkpoint, got .*cannot be read'),
 ])  # fmt: skip
@@ -511,6 +540,8 @@ def weights_of(model='vit_tiny_patch16_224', without=(), **options):
     (dict(pre_norm=True), {}, 'ln_pre.weight finds no place.*Set .*pre_norm\n'),
     (dict(without='norm.'), {}, 'ln1.weight is missing.*Set .*final_norm=False\n'),
     (dict(without='cls_token'), {}, 'cls_token is missing.*Set .*with_cls_token=False\n'),
+    (dict(norm_layer=timm.layers.RmsNorm), {}, r'layers.0.ln1.bias is missing.*No argument'),
+    (dict(model='vit_small_patch16_rope_mixed_ape_224'), {}, 'rope.freqs finds no place'),
     (dict(), dict(pre_norm=True), 'ln_pre.weight is missing.*Set .*pre_norm\n'),
     (dict(), dict(patch_bias=False), 'patch_embed.projection.bias finds no place.*Set .*patch_bias=True\n'),
     (dict(), dict(qkv_bias=False), 'in_proj_bias finds no place.*Set .*qkv_bias=True\n'),
@@ -577,6 +608,15 @@ def test_converter_writes_what_mmsegs_own_vit_loads(images, tool, tmp_path, caps
     dense.load_state_dict(torch.load(tmp_path / 'mmseg.pth'), strict=False)
     dense.eval()
     check(dense, timm_features(source, images), images)
+
+
+@pytest.mark.parametrize('options', [dict(no_embed_class=True), dict(class_token=False, global_pool='avg')])
+def test_converter_gives_a_table_without_cls_what_mmsegs_vit_takes_for_it(options, tool, tmp_path):
+    source = timm_vit(**options)
+    torch.save(source.state_dict(), tmp_path / 'timm.pth')
+    assert tool('convert_vit.py', tmp_path / 'timm.pth', tmp_path / 'mmseg.pth') is None
+    table = torch.load(tmp_path / 'mmseg.pth')['pos_embed']
+    assert (table[:, 0] == 0).all() and torch.equal(table[:, 1:], source.pos_embed.data)
 
 
 @pytest.mark.parametrize('model, what', [

@@ -1,6 +1,7 @@
 """A dense segmentor, trained for seconds on toy scenes, gets a gate."""
 
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -277,9 +278,25 @@ def test_train_py_begins_as_the_dense_config_does_with_the_fitted_gate(scales, f
     assert model.backbone.select.threshold == Config.fromfile(tmp_path / 'config.py').model.backbone.gate.threshold
 
 
+@pytest.mark.parametrize('name', ['config.py', 'checkpoint.pth', 'train.py', 'picture.png'])
+def test_files_of_others_are_not_replaced(name, folder, fit, tmp_path):
+    (tmp_path / name).write_text('mine')
+    end = fit('--out', tmp_path, '--steps', 2, '--limit', 2)
+    assert end == f'--out: wanted a new folder, or one of this tool, got {tmp_path}, where {name} would be replaced'
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == 'mine'
+
+
+def test_a_dense_checkpoint_that_lies_among_converted_ones_is_not_replaced(folder, fit, tmp_path):
+    (tmp_path / 'config.py').write_text('# dense.py with a gate that was fitted to it.')
+    shutil.copy(folder / 'work/iter_100.pth', tmp_path / 'checkpoint.pth')
+    end = fit('--out', tmp_path, checkpoint=tmp_path / 'checkpoint.pth')
+    assert end.endswith('where checkpoint.pth would be replaced')
+
+
 def test_an_unfinished_checkpoint_does_not_replace_one(folder, fit, tmp_path, monkeypatch):
+    before = '# dense.py with a gate that was fitted to it.'
     for name in ('checkpoint.pth', 'config.py'):
-        (tmp_path / name).write_text('as it was')
+        (tmp_path / name).write_text(before)
 
     def fail(*args):
         raise KeyboardInterrupt
@@ -287,4 +304,4 @@ def test_an_unfinished_checkpoint_does_not_replace_one(folder, fit, tmp_path, mo
     monkeypatch.setattr(torch, 'save', fail)
     with pytest.raises(KeyboardInterrupt):
         fit('--out', tmp_path, '--steps', 2, '--limit', 2)
-    assert all(Path(tmp_path / name).read_text() == 'as it was' for name in ('checkpoint.pth', 'config.py'))
+    assert all(Path(tmp_path / name).read_text() == before for name in ('checkpoint.pth', 'config.py'))

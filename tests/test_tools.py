@@ -221,6 +221,15 @@ def test_show_tokens(trained, scenes, printed, tmp_path):
     assert width == 5 * 480 and height > 300  # five panels
 
 
+def test_show_tokens_does_not_draw_over_what_it_reads(bare, scenes, tool, tmp_path):
+    images = tmp_path / 'images'
+    shutil.copytree(scenes / 'images/val', images)
+    before = [path.read_bytes() for path in sorted(images.iterdir())]
+    end = tool('show_tokens.py', *bare, images, '--out', images)
+    assert end.startswith('--out: wanted a folder without these images and truths, got')
+    assert [path.read_bytes() for path in sorted(images.iterdir())] == before
+
+
 def test_show_tokens_keeps_namesakes_apart_and_goes_on_after_a_corrupt_image(bare, scenes, tool, tmp_path):
     folder = tmp_path / 'images'
     folder.mkdir()

@@ -24,6 +24,7 @@ from mmseg_msvit.tooling.comparison import compare
 from mmseg_msvit.tooling.dense_pass import TARGETS, find_images, gather
 from mmseg_msvit.tooling.gate_fitting import (
     KINDS,
+    check_out,
     convert,
     dense_backbone,
     find_threshold,
@@ -60,6 +61,7 @@ def main() -> None:
     if not 0 < args.budget < 1:
         raise InputError(f'--budget: wanted a share of the tokens, in (0, 1), got {args.budget:g}')
 
+    check_out(args.out, args.config, args.checkpoint)
     torch.manual_seed(0)
     config = load_config(args.config)
     dense = load_model(config, args.checkpoint, args.device, torch.nn.Module)

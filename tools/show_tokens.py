@@ -32,15 +32,20 @@ def main() -> None:
     config = load_config(args.config)
     reader = FileReader(config)
     model = load_model(config, args.checkpoint, args.device)
+    pictures = [args.out / name for name in picture_names(images)]
+    read = {path.resolve() for path in (*images, *truths) if path}
+    lost = [str(picture) for picture in pictures if picture.resolve() in read]
+    if lost:
+        raise InputError(f'--out: wanted a folder without these images and truths, got {args.out}, with {lost[0]}')
     args.out.mkdir(parents=True, exist_ok=True)
     skipped = []
-    for path, truth, name in track(list(zip(images, truths, picture_names(images))), 'pictures'):
+    for path, truth, picture in track(list(zip(images, truths, pictures)), 'pictures'):
         try:
             data, labels = reader.read(path, truth)
         except InputError as error:
             skipped.append(str(error))
             continue
-        cv2.imwrite(str(args.out / name), draw_image(model, data, reader.palette, labels)[..., ::-1])
+        cv2.imwrite(str(picture), draw_image(model, data, reader.palette, labels)[..., ::-1])
     print(f'{len(images) - len(skipped)} pictures in {args.out}')
     if skipped:
         raise InputError('\n'.join(skipped))

@@ -35,6 +35,9 @@ KINDS = dict(context='ContextGate', mlp='MLPGate')
 # Images smaller than this lost more than coarser regions did, at the two budgets where it was tried.
 SMALLEST = 0.85
 BATCH = 8
+# What a converted model's folder holds, and what its config says, by which it is known.
+WRITTEN = ('config.py', 'checkpoint.pth', 'train.py', 'picture.png')
+FITTED = 'with a gate that was fitted to it'
 LEARNING_RATE = 1e-3
 
 
@@ -239,6 +242,27 @@ def convert(config: Config, dense: nn.Module, gate: str, scales: Sequence[int]) 
     return model.to(next(dense.parameters()).device).eval(), changes
 
 
+def check_out(out: Path, *inputs: str) -> None:
+    """Refuses a folder in which :func:`write` would replace what it has not written itself.
+
+    Args:
+        out: the folder, which need not be there.
+        inputs: files that are read, which are not to be replaced in any case.
+
+    Raises:
+        InputError: it would.
+    """
+    there = [out / name for name in WRITTEN if (out / name).exists()]
+    known = (out / 'config.py').is_file() and FITTED in (out / 'config.py').read_text(errors='replace')
+    read = {Path(path).resolve() for path in inputs}
+    lost = [path for path in there if not known or path.resolve() in read]
+    if lost:
+        raise InputError(
+            f'--out: wanted a new folder, or one of this tool, got {out}, where {", ".join(p.name for p in lost)} '
+            'would be replaced'
+        )
+
+
 def write(config: Config, model: nn.Module, changes: dict, metainfo: dict, out: Path) -> None:
     """Writes ``checkpoint.pth``, then ``config.py`` and ``train.py``; each is there as a whole or not at all.
 
@@ -262,7 +286,7 @@ def write(config: Config, model: nn.Module, changes: dict, metainfo: dict, out: 
     fitted = '{{ fileDirname }}/checkpoint.pth'
     imports = [name for name in config.get('custom_imports', {}).get('imports', []) if name != 'mmseg_msvit']
     lines = [
-        f'# {Path(base).name} with a gate that was fitted to it. A higher threshold is more tokens.',
+        f'# {Path(base).name} {FITTED}. A higher threshold is more tokens.',
         f'_base_ = {base!r}',
         f'custom_imports = dict(imports={[*imports, "mmseg_msvit"]}, allow_failed_imports=False)',
         f'model = dict(backbone={backbone!r})',
