@@ -1,7 +1,7 @@
 """Pixels to tokens: patches of every scale through one projection."""
 
 from functools import reduce
-from typing import Iterable, Sequence, Tuple
+from typing import Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -130,14 +130,6 @@ class CoarseDetail(nn.Conv2d):
         nn.init.zeros_(self.bias)
 
 
-class ZeroLinear(nn.Linear):
-    """A linear layer that is zero at first, so that what it is added to is as it was."""
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-
 def add_detail(
     x: Tensor, images: Tensor, tokens: TokenMap, level: int, patch: int, embed: PatchRows, detail: CoarseDetail
 ) -> Tensor:
@@ -162,30 +154,3 @@ def add_detail(
     cells = embed(patches_at(images, patch, tokens.image[row][:, None, None], y, xs))  # (M, side, side, C)
     added = detail((cells * inside[..., None]).permute(0, 3, 1, 2)).flatten(1)  # (M, C)
     return x.index_add(0, row, added.to(x.dtype))
-
-
-def add_out_detail(
-    outputs: Sequence, images: Tensor, tokens: TokenMap, patch: int, embed: PatchRows, details: Iterable[ZeroLinear]
-) -> tuple:
-    """Adds to each output what its detail makes of the cells that coarse tokens cover, as they weigh there.
-
-    Args:
-        outputs: grids (B, C, h, w), or [such a grid, cls].
-        images: (B, C, H, W), padded to whole regions.
-        tokens: which cover the cells.
-        patch: pixels along a cell's side.
-        embed: the patch embedding.
-        details: one for each output.
-    """
-    coarse = (tokens.level > 0)[:, None].to(images.dtype)  # (N, 1)
-    kept = F.pad(coarse, (0, 0, 0, 1))[tokens.cover].amax((0, 4)) > 0  # (B, h, w), covered by one, active or not
-    image, y, x = kept.nonzero().unbind(1)  # (M,) each
-    cells = embed(patches_at(images, patch, image, y, x))  # (M, C)
-    weight = tokens.to_grid(coarse)[image, :, y, x]  # (M, 1), 0 or 1, with the gate's gradient where it learns
-    found = []
-    for detail, output in zip(details, outputs):
-        grid, *cls = output if isinstance(output, list) else [output]
-        added = (detail(cells) * weight).to(grid.dtype)
-        grid = grid + torch.zeros_like(grid.permute(0, 2, 3, 1)).index_put((image, y, x), added).permute(0, 3, 1, 2)
-        found.append([grid, *cls] if cls else grid)
-    return tuple(found)

@@ -5,7 +5,7 @@ lie one after the other, image after image, in one pack of N rows without paddin
 """
 
 from dataclasses import dataclass, replace
-from typing import Callable, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -233,31 +233,6 @@ class PackedTokens(NamedTuple):
     x: Tensor
     tokens: TokenMap
     observers: Iterable[Callable] = ()
-
-
-def smooth_coarse(grid: Tensor, tokens: TokenMap, sides: Sequence[int]) -> Tensor:
-    """Lets coarse tokens go over into each other, where a copy of one in each of its cells ends at the next one's edge.
-
-    A cell of a coarse token becomes 1/4, 1/2, 1/4 of itself and its neighbours, along both axes: where all tokens are
-    2 x 2 cells, this is the linear interpolation of their grid. Larger ones go first, by steps of half their side.
-
-    Args:
-        grid: (B, C, h, w), by :meth:`TokenMap.to_grid`.
-        tokens: whose.
-        sides: cells along a token's side at each level, beginning with 1.
-
-    Returns:
-        (B, C, h, w), the same in the cells of fine tokens.
-    """
-    for level in range(len(sides) - 1, 0, -1):
-        coarse = tokens.to_grid((tokens.level >= level)[:, None].to(grid.dtype))  # (B, 1, h, w), 0 or 1
-        step, smooth = sides[level] // 2, grid
-        for dim in (2, 3):
-            place = torch.arange(grid.shape[dim], device=grid.device)
-            before, after = (place - step).clamp(min=0), torch.minimum(place + step, place[-1])
-            smooth = (smooth.index_select(dim, before) + smooth.index_select(dim, after)) / 4 + smooth / 2
-        grid = grid + (smooth - grid) * coarse
-    return grid
 
 
 def cumulative(counts: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from mmseg.registry import HOOKS, MODELS
 from torch.overrides import TorchFunctionMode
 
 HALVES = (torch.bfloat16, pytest.param(torch.float16, marks=half_on_cpu))
-DECIDING = {'gates', 'selection', 'gate_losses', 'distributions', 'doubt'}
+DECIDING = {'learned_gates', 'selection', 'gate_losses', 'distributions', 'doubt'}
 
 
 LOSSES = [dict(type=f'{kind}Loss') for kind in ('GeneralizedBatchShaping', 'BatchShaping', 'TokenBudget', 'Purity')]

@@ -231,7 +231,7 @@ def convert(config: Config, dense: nn.Module, gate: str, scales: Sequence[int]) 
         changes['patch_bias'] = dense.backbone.patch_embed.projection.bias is not None
     changes['gate'] = dict(type=KINDS[gate], frozen=True)
     if 'out_detail' not in own and 'tokens' not in own.get('out_type', ()):  # neither the one, nor in a list
-        changes['out_detail'] = 'smooth'
+        changes['out_detail'] = 'guided'
     kept = {name: value for name, value in own.items() if name not in ('gate', *changes)}
     try:
         model = MODELS.build(ConfigDict({**config.model, 'backbone': {**kept, **changes}}))
