@@ -207,7 +207,7 @@ def _advice(wrong: Dict[str, str]) -> List[str]:
 
 
 def fit(
-    backbone: nn.Module, tensors: Dict[str, Tensor], resample_patches: bool = False
+    backbone: nn.Module, tensors: Dict[str, Tensor], resample_patches: bool = False, trained: bool = False
 ) -> Tuple[Dict[str, Tensor], Report]:
     """A state dict for the backbone out of the tensors of any known layout.
 
@@ -217,6 +217,8 @@ def fit(
         backbone: of any family.
         tensors: of a file.
         resample_patches: whether a patch embedding of another patch size is resampled, by :func:`resample_patch`.
+        trained: whether they are this very model's, whose positions are on its grid even where another library has
+            named them; pretrained ones are on squares.
 
     Raises:
         ValueError: one of the ViT's tensors is missing, of another shape, or finds no place; or positions' grid cannot
@@ -234,7 +236,7 @@ def fit(
         if old != new:
             renamed[PATCH_WEIGHT] = resample_patch(renamed[PATCH_WEIGHT], new)
             report.resized[PATCH_WEIGHT] = '{}x{} -> {}x{} pixels'.format(*old, *new)
-    report.resized.update(adapt(backbone, renamed, square=layout != 'mmseg'))
+    report.resized.update(adapt(backbone, renamed, square=not trained and layout != 'mmseg'))
     report.misshapen = misshapen(backbone, renamed)
     fitted = {}
     for name, tensor in renamed.items():

@@ -1,5 +1,6 @@
 """The gates of a backbone, and what lies between a training forward and their losses."""
 
+import re
 import warnings
 from typing import Dict, List, Optional, Sequence, Tuple, Union
 
@@ -122,13 +123,14 @@ def _gate_of_level(cfg: dict, level: int) -> dict:
     init = cfg.get('init_cfg') if isinstance(cfg, dict) else None
     if level == 1 or not init:
         return cfg
-    before, name, _ = init.get('prefix', '').rstrip('.').rpartition('gate')
-    if not name or (before and not before.endswith('.')):
+    prefix = init.get('prefix', '') if isinstance(init, dict) else None
+    found = re.fullmatch(r'((?:.*\.)?)gate\.?', prefix or '')
+    if found is None:
         raise ValueError(
-            "gate.init_cfg: wanted a prefix that ends with 'gate.', beside which the gates of coarser levels stand, "
-            f'got {init.get("prefix", "")!r}'
+            "gate.init_cfg: wanted a dict with a prefix that ends with 'gate.', beside which those of coarser levels "
+            f'stand, got {init}'
         )
-    return {**cfg, 'init_cfg': {**init, 'prefix': f'{before}coarser_gates.{level - 2}.'}}
+    return {**cfg, 'init_cfg': {**init, 'prefix': f'{found[1]}coarser_gates.{level - 2}.'}}
 
 
 def _build(argument: str, cfg: dict, base: type, **shape) -> nn.Module:

@@ -121,9 +121,7 @@ def _of_family(layout: str, tensors: Dict[str, Tensor], given: dict) -> dict:
         _, grid = source_grid(tensors['pos_embed'].shape[1], regions=None if gate is None else gate.shape[2:])
         if gate is None and any(name.startswith('gate.') for name in tensors) and 'img_size' not in given:
             size = 'x'.join(str(cells * patch) for cells in grid)
-            print_log(
-                f'img_size is taken as {size}: give it if that is not what the model had', 'current', logging.WARNING
-            )
+            print_log(f'img_size is taken as {size}: give it if the model had another', 'current', logging.WARNING)
     elif family(tensors) is MSBEiT:
         offsets = len(tensors['layers.0.attn.relative_position_bias_table']) - 3  # and three of cls
         grid = ((math.isqrt(offsets) + 1) // 2,) * 2

@@ -1,6 +1,5 @@
 """What the cells of a coarse token have on the dense grid beside what it says of all of them."""
 
-from itertools import product
 from typing import Iterable, List, NamedTuple, Sequence, Union
 
 import torch
@@ -9,24 +8,27 @@ from torch import Tensor, nn
 
 from .embedding import PatchRows, area_mean, patches_at
 from .positions import wide
-from .tokens import Grid, PackedTokens, TokenMap
+from .tokens import PackedTokens, TokenMap
 from .tracing import first
 
-# At the mean difference of colour among the nine a neighbour counts for exp(-2) of what it does at none; chosen here.
+# At the mean difference of colour among the nine, a cell counts for exp(-2) of what it does at none; chosen here.
 SHARPNESS = 2.0
-LEAST_DIFFERENCE = 1e-6
+# Squared, of normalised colours: about 2 of 256 grey levels, as noise has them, are no difference.
+LEAST_DIFFERENCE = 1e-3
 
 
 class Shares(NamedTuple):
-    """What each cell takes of itself and of its eight neighbours.
+    """What each cell of a coarse token takes of the nine cells around it, itself among them.
 
     Attributes:
-        step: cells between it and them.
-        of: (9, B, 1, h, w), which add up to 1, by rows of neighbours.
+        step: cells between it and the others.
+        of: (9, B, 1, h, w), row by row, which add up to 1.
+        coarse: (B, 1, h, w), 1 where there is such a token and 0 elsewhere, with the gate's gradient where it learns.
     """
 
     step: int
     of: Tensor
+    coarse: Tensor
 
 
 def neighbour_shares(images: Tensor, tokens: TokenMap, patch: int, sides: Sequence[int]) -> List[Shares]:
@@ -44,26 +46,24 @@ def neighbour_shares(images: Tensor, tokens: TokenMap, patch: int, sides: Sequen
         patch: pixels along a cell's side.
         sides: cells along a token's side at each level, beginning with 1.
     """
-    own = area_mean(wide(images), patch)  # (B, C, hc * side, wc * side)
-    level_of = tokens.to_grid(tokens.level.clamp(min=0)[:, None].to(own.dtype)).detach()  # (B, 1, h, w)
-    colours, found = _cells(own, tokens.grid), []
-    seen = [colours]  # what tokens of each level see there
+    colours = area_mean(wide(images), patch)  # (B, C, hc * side, wc * side)
+    level_of = tokens.to_grid(tokens.level.clamp(min=0)[:, None].to(colours.dtype)).detach()  # (B, 1, h, w)
+    seen = [colours]  # by tokens of each level
     for side in sides[1:]:
-        mean = area_mean(own, side).repeat_interleave(side, 2).repeat_interleave(side, 3)
-        seen.append(_cells(mean, tokens.grid))
+        seen.append(area_mean(colours, side).repeat_interleave(side, 2).repeat_interleave(side, 3))
+    seen = [first(first(colour, tokens.grid[0], 2), tokens.grid[1], 3) for colour in seen]  # (B, C, h, w)
+    axis = torch.tensor([0.25, 0.5, 0.25], device=colours.device, dtype=colours.dtype)
+    near = torch.outer(axis, axis).view(9, 1, 1, 1, 1)
+    found = []
     for level in range(len(sides) - 1, 0, -1):
-        guide, step = seen[0], sides[level] // 2
+        guide = seen[0]
         for finer in range(1, level + 1):
             guide = torch.where(level_of >= finer, seen[finer], guide)
-        places = list(product((-step, 0, step), repeat=2))
-        apart = torch.stack([(colours - _moved(guide, *place)).square().mean(1, keepdim=True) for place in places])
-        near = torch.tensor([(2 - (y != 0)) * (2 - (x != 0)) / 16 for y, x in places], device=apart.device)
-        like = torch.exp(-SHARPNESS * apart / apart.mean(0).clamp(min=LEAST_DIFFERENCE))
-        of = near.to(like.dtype)[:, None, None, None, None] * like
-        of = of / of.sum(0)
-        coarse = tokens.to_grid((tokens.level >= level)[:, None].to(own.dtype))  # 0 or 1, with the gate's gradient
-        alone = (torch.arange(9, device=of.device) == 4).to(of.dtype)[:, None, None, None, None]
-        found.append(Shares(step, alone + (of - alone) * coarse))
+        apart = [(seen[0] - other).square().mean(1, keepdim=True) for other in _around(guide, sides[level] // 2)]
+        apart = torch.stack(apart)  # (9, B, 1, h, w)
+        of = near * torch.exp(-SHARPNESS * apart / apart.mean(0).clamp(min=LEAST_DIFFERENCE))
+        coarse = tokens.to_grid((tokens.level >= level)[:, None].to(of.dtype))
+        found.append(Shares(sides[level] // 2, of / of.sum(0), coarse))
     return found
 
 
@@ -72,23 +72,18 @@ def mix(output: Union[Tensor, PackedTokens, list], shares: Sequence[Shares]) -> 
     if not shares:
         return output
     grid, *cls = output if isinstance(output, list) else [output]
-    for step, of in shares:
-        places = product((-step, 0, step), repeat=2)
-        grid = sum(part.to(grid.dtype) * _moved(grid, *place) for part, place in zip(of, places))
-    return [grid, *cls] if cls else grid
+    mixed = wide(grid)
+    for step, of, coarse in shares:
+        mixed = mixed + (sum(part * other for part, other in zip(of, _around(mixed, step))) - mixed) * coarse
+    mixed = mixed.to(grid.dtype)
+    return [mixed, *cls] if cls else mixed
 
 
-def _cells(colours: Tensor, grid: Grid) -> Tensor:
-    return first(first(colours, grid[0], 2), grid[1], 3)
-
-
-def _moved(x: Tensor, rows: int, columns: int) -> Tensor:
-    """What lies so many cells below and to the right of each; beyond the edge it is the last one."""
-    for dim, by in ((2, rows), (3, columns)):
-        if by:
-            place = torch.arange(x.shape[dim], device=x.device)
-            x = x.index_select(dim, torch.minimum((place + by).clamp(min=0), place[-1]))
-    return x
+def _around(x: Tensor, step: int) -> List[Tensor]:
+    """The nine (B, C, h, w) around each cell, so many cells away, row by row; beyond the edge is what is there last."""
+    h, w = x.shape[2:]
+    padded = F.pad(x, (step,) * 4, mode='replicate')
+    return [padded[..., y : y + h, z : z + w] for y in (0, step, 2 * step) for z in (0, step, 2 * step)]
 
 
 class ZeroLinear(nn.Linear):

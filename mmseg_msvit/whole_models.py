@@ -39,7 +39,7 @@ def translate(backbone: nn.Module, tensors: Dict[str, Tensor], prefix: str) -> O
     adapt(backbone, own)
     if not misfits(backbone, own):  # a BEiT, whose names may be mmpretrain's, too
         return None
-    fitted, report = fit(backbone, below)
+    fitted, report = fit(backbone, below, trained=True)
     for name in below:
         del tensors[prefix + name]
     tensors.update({prefix + name: tensor for name, tensor in fitted.items()})
@@ -74,7 +74,7 @@ def with_own_vit(
         for tensor, how in done.items():
             print_log(f'{name}.{tensor} {how}', logger='current')
         return own, None
-    fitted, report = fit(backbone, tensors)  # a ViT by itself, or in a model that calls it otherwise
+    fitted, report = fit(backbone, tensors, trained=True)  # a ViT by itself, or in a model that calls it otherwise
     own = {key: tensors[key] for key in model.state_dict() if key in tensors and not key.startswith(f'{name}.')}
     report.unused = [key for key in report.unused if key not in own]
     return {**own, **{f'{name}.{key}': tensor for key, tensor in fitted.items()}}, report

@@ -353,6 +353,21 @@ def test_a_gate_that_is_not_in_the_file_does_not_answer_for_it(theirs, ours, mes
             load_segmentor(model, str(tmp_path / 'a.pth'))
 
 
+@pytest.mark.parametrize('how', ['load_segmentor', 'load_state_dict'])
+def test_a_trained_segmentors_wide_grid_is_its_own_whatever_names_its_vit_has(how, tmp_path):
+    """4x16 cells are as many as 8x8: a pretrained ViT's would be a square."""
+    source = timm_vit(img_size=(64, 256))
+    weights = {f'backbone.vit.{name}': tensor for name, tensor in source.state_dict().items()}
+    model = MODELS.build(segmentor(img_size=(64, 256)))
+    weights.update({name: t for name, t in model.state_dict().items() if name.startswith('decode_head.')})
+    if how == 'load_segmentor':
+        torch.save(weights, tmp_path / 'a.pth')
+        load_segmentor(model, str(tmp_path / 'a.pth'))
+    else:
+        model.load_state_dict(weights, strict=False)
+    assert torch.equal(model.backbone.pos_embed, source.pos_embed)
+
+
 def test_init_cfg_may_be_a_list_of_one_checkpoint(tmp_path):
     source = build(gate=dict(type='MLPGate'), coarse_embed='resize+detail')
     randomize(source)

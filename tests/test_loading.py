@@ -109,6 +109,16 @@ def test_a_backbone_of_ours_comes_back_whole(gate, scales):
     assert 0 < coarse_regions(backbone, seen[0][0]).float().mean() < 1
 
 
+def test_an_image_size_that_is_guessed_is_said(monkeypatch):
+    lines = []
+    monkeypatch.setattr('mmseg_msvit.loading.print_log', lambda line, *args, **options: lines.append(line))
+    source = build_msvit(gate=dict(type='ContextGate'), num_heads=4, img_size=64, out_indices=-1)
+    said = 'img_size is taken as 64x64: give it if the model had another'
+    for options, count in ((dict(img_size=64), 0), ({}, 1)):
+        load_backbone(source.state_dict(), num_heads=4, **options)
+        assert lines.count(said) == count
+
+
 def test_tokens_and_costs_without_a_gate_in_the_weights():
     """Half of the regions are coarse, the plain ones."""
     backbone = load_backbone(timm.create_model('vit_tiny_patch16_224', depth=2, img_size=64).state_dict())
@@ -125,6 +135,7 @@ def test_tokens_and_costs_without_a_gate_in_the_weights():
     ('resnet18', {}, 'checkpoint: wanted a ViT in the layout of mmseg, .* got 122 tensors such as '),
     ('eva02_tiny_patch14_224', {}, 'got a SwiGLU without layer scale, as EVA-02, whose positions'),
     ('vit_base_patch16_rope_224', {}, "got positions neither as a table nor as DINOv3, .* rope='dinov3'"),
+    ('vit_base_patch16_rope_reg1_gap_256', {}, 'got positions neither as a table nor as DINOv3'),
     ('vit_huge_patch14_224', {}, 'num_heads: the weights do not tell it, and ViTs of width 1280 have no common one'),
     ('vit_tiny_patch16_224', dict(embed_dim=32, num_heads=2), 'num_heads: .* of width 32'),
     ('vit_tiny_patch16_224', dict(mlp_ratio=2.5), 'MLP is a whole multiple of its width 192, got 480'),

@@ -29,14 +29,14 @@ def main() -> None:
 
     images = list_images(args.image)
     truths = pair_truth(images, args.truth)
-    config = load_config(args.config)
-    reader = FileReader(config)
-    model = load_model(config, args.checkpoint, args.device)
     pictures = [args.out / name for name in picture_names(images)]
     read = {path.resolve() for path in (*images, *truths) if path}
     lost = [str(picture) for picture in pictures if picture.resolve() in read]
     if lost:
         raise InputError(f'--out: wanted a folder without these images and truths, got {args.out}, with {lost[0]}')
+    config = load_config(args.config)
+    reader = FileReader(config)
+    model = load_model(config, args.checkpoint, args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     skipped = []
     for path, truth, picture in track(list(zip(images, truths, pictures)), 'pictures'):

@@ -175,6 +175,7 @@ def main() -> None:
         claim(
             args.out / f'of_{seed}.json', checkpoint=file_digest(checkpoint), config=digest(base.pretty_text),
             converted=file_digest(str(converted / 'checkpoint.pth')), budget=args.budget,
+            trained=digest(load_config(str(converted / 'train.py')).pretty_text),
         )  # fmt: skip
     runs = json.loads(file.read_text()) if file.exists() else []
     for name in args.variants:

@@ -35,6 +35,8 @@ KINDS = dict(context='ContextGate', mlp='MLPGate')
 # Images smaller than this lost more than coarser regions did, at the two budgets where it was tried.
 SMALLEST = 0.85
 BATCH = 8
+# What coarse tokens are on the grid of a converted model, unless the dense one's config says it.
+OUT_DETAIL = 'guided'
 # What a converted model's folder holds, and what its config says, by which it is known.
 WRITTEN = ('config.py', 'checkpoint.pth', 'train.py', 'picture.png')
 FITTED = 'with a gate that was fitted to it'
@@ -231,7 +233,7 @@ def convert(config: Config, dense: nn.Module, gate: str, scales: Sequence[int]) 
         changes['patch_bias'] = dense.backbone.patch_embed.projection.bias is not None
     changes['gate'] = dict(type=KINDS[gate], frozen=True)
     if 'out_detail' not in own and 'tokens' not in own.get('out_type', ()):  # neither the one, nor in a list
-        changes['out_detail'] = 'guided'
+        changes['out_detail'] = OUT_DETAIL
     kept = {name: value for name, value in own.items() if name not in ('gate', *changes)}
     try:
         model = MODELS.build(ConfigDict({**config.model, 'backbone': {**kept, **changes}}))
@@ -259,7 +261,7 @@ def check_out(out: Path, *inputs: str) -> None:
     if lost:
         raise InputError(
             f'--out: wanted a new folder, or one of this tool, got {out}, where {", ".join(p.name for p in lost)} '
-            'would be replaced'
+            'would be replaced: remove it, or choose another'
         )
 
 
