@@ -61,7 +61,9 @@ SEGMENTORS = {
                              'layer_scale_init_value': 0.1, 'out_type': 'tokens'},
                    decode_head={**FCN, 'type': 'TokenLinearHead', 'num_convs': 0, 'channels': 32, 'norm_cfg': None}),
     'beit': dict(backbone=BEIT, decode_head=FCN),
-    'mask, smaller': dict(backbone={**VIT, 'input_scale': 0.8, 'out_detail': 'guided'}, decode_head=MASK),
+    'mask, smaller': dict(
+        backbone={**VIT, 'scales': (16, 32, 64), 'input_scale': 0.8, 'out_detail': 'guided'}, decode_head=MASK
+    ),
 }  # fmt: skip
 
 
