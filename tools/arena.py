@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument('--choosers', nargs='+', choices=known, default=known)
     parser.add_argument('--budgets', type=float, nargs='+', default=[0.62, 0.47, 0.37], help='shares of the tokens')
     parser.add_argument('--sizes', nargs='+', choices=SIZES, default=list(SIZES), help='of the images')
-    parser.add_argument('--steps', type=positive, default=500, help='of fitting a gate, each of 8 images')
+    parser.add_argument('--steps', type=positive, default=1000, help='of fitting a gate, each of 8 images')
     parser.add_argument('--fit-budget', type=float, default=0.5, help='where fitted gates are to be most precise')
     parser.add_argument('--fit-images', type=int, default=500, help='at most so many images of training')
     parser.add_argument('--limit', type=int, help='of the test set, the first so many images')

@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument('--budget', type=float, default=0.6, help='share of the dense tokens that is kept on average')
     parser.add_argument('--full-size', action='store_true', help='save tokens by coarse regions alone')
     parser.add_argument('--scales', type=positive, nargs='+', help="pixels of a token's side, as 16 32 64; None: two")
-    parser.add_argument('--steps', type=positive, default=500, help='of the optimizer, each of 8 images')
+    parser.add_argument('--steps', type=positive, default=1000, help='of the optimizer, each of 8 images')
     parser.add_argument('--device', default=DEVICE)
     args = parser.parse_args()
     if not 0 < args.budget < 1:
