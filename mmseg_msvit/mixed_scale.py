@@ -26,7 +26,7 @@ from .embedding import (
 )
 from .gated import Gated
 from .gates import ask
-from .out_detail import ZeroLinear, add_out_detail, mix, neighbour_shares
+from .out_detail import ZeroLinear, add_out_detail, smooth_coarse
 from .positions import table_positions
 from .selection import Decision, TokenSelector, candidate_number, raise_not_finite
 from .tokens import PackedTokens, TokenMap, region_grid
@@ -34,7 +34,7 @@ from .tracing import traced
 from .weights import TakesWeights
 
 COARSE_EMBED = ('resize', 'resize+detail')
-OUT_DETAIL = ('none', 'guided', 'residual')
+OUT_DETAIL = ('none', 'smooth', 'residual')
 OUT_TYPES = ('grid', 'tokens')
 
 
@@ -56,9 +56,9 @@ class MixedScale(Gated, TakesWeights):
             first with ``_2``, ``_3`` after their names.
         train_tokens: which tokens a training step computes while the gate learns, see :class:`TokenSelector`.
         coarse_embed: ``'resize'`` embeds the area mean of a region; ``'resize+detail'`` adds a :class:`CoarseDetail`.
-        out_detail: what the cells of a coarse token have beside what it says of all of them. ``'guided'``: something
-            of their neighbours, by their colours, see :func:`.out_detail.neighbour_shares`. ``'residual'``: a linear
-            map, at first zero, of their own patch embedding. In each output.
+        out_detail: what the cells of a coarse token have beside what it says of all of them. ``'smooth'``: something
+            of their neighbours, see :func:`.out_detail.smooth_coarse`. ``'residual'``: a linear map, at first zero, of
+            their own patch embedding. In each output.
         out_type: ``'grid'``, or ``'tokens'`` for heads that read :class:`PackedTokens`; or one for each output.
         input_scale: at test time images are first reduced by this, to whole cells: a little less of everything, where
             coarse tokens are less of some places. Tokens are still counted against those of the whole image.
@@ -174,14 +174,12 @@ class MixedScale(Gated, TakesWeights):
             self.keep_for_losses(seen, tokens, decision)
 
         x = [self.embed(images, tokens)]  # (N, C)
-        guided = self.out_detail == 'guided'
-        shares = neighbour_shares(images, tokens, self.patch_size, self.sides) if guided else []
         if not self.out_details:
             del images  # padded or smaller ones take more memory than the tokens
         outputs = self.encode(x, tokens, self._output)
         if self.out_details:
             return add_out_detail(outputs, images, tokens, self.patch_size, self.patch_embed, self.out_details)
-        return tuple(mix(output, shares) for output in outputs)
+        return tuple(outputs)
 
     def encode(self, x: List[Tensor], tokens: TokenMap, output: Callable) -> list:
         """Tokens through the blocks: what ``output(number, x, tokens)`` makes of each that is put out.
@@ -293,6 +291,8 @@ class MixedScale(Gated, TakesWeights):
     def output(self, x: Tensor, tokens: TokenMap):
         """What the backbone returns of the tokens (N, C) after a block."""
         grid = tokens.to_grid(x)
+        if self.out_detail == 'smooth':
+            grid = smooth_coarse(grid, tokens, self.sides)
         return [grid, tokens.to_cls(x)] if self.output_cls_token else grid
 
     def _output(self, number: int, x: Tensor, tokens: TokenMap):

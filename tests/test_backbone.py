@@ -243,78 +243,48 @@ def test_out_detail_adds_a_map_of_their_own_pixels_to_the_cells_of_coarse_region
 @torch.no_grad()
 @pytest.mark.parametrize('scales', [(16, 32), (16, 32, 64)])
 @pytest.mark.parametrize('size', [(64, 64), (80, 112)])
-def test_guided_coarse_tokens_of_one_colour_are_the_linear_interpolation_of_their_grid(scales, size):
-    """Positions alone make their features differ."""
-    model = build_msvit(gate=dict(type='FixedGate', coarse=True), scales=scales, out_detail='guided')
+def test_smooth_coarse_tokens_alone_are_the_linear_interpolation_of_their_grid(scales, size):
+    model = build_msvit(gate=dict(type='FixedGate', coarse=True), scales=scales, out_detail='smooth')
     plain = build_msvit(gate=dict(type='FixedGate', coarse=True), scales=scales)
     plain.load_state_dict(model.state_dict())
-    images, side = torch.zeros(2, 3, *size), scales[-1] // 16
-    for guided, grid in zip(model(images), plain(images)):
+    images, side = torch.randn(2, 3, *size), scales[-1] // 16
+    for smooth, grid in zip(model(images), plain(images)):
         h, w = grid.shape[2:]
         known = wanted = grid[..., ::side, ::side]
         for _ in scales[1:]:  # twice as fine each time
             wanted = torch.nn.functional.interpolate(wanted, scale_factor=2, mode='bilinear', align_corners=False)
         inside = [slice(0, cells - cells % side) for cells in (h, w)]  # regions that are whole
-        torch.testing.assert_close(guided[..., inside[0], inside[1]], wanted[..., inside[0], inside[1]])
+        torch.testing.assert_close(smooth[..., inside[0], inside[1]], wanted[..., inside[0], inside[1]])
         assert wanted.shape[2] >= h and known.std() > 0
 
 
 @pytest.mark.parametrize('train_tokens', ['active', 'trimmed', 'all'])
 @pytest.mark.parametrize('scales', [(16, 32), (16, 32, 64)])
-def test_guided_cells_are_those_of_the_definition(scales, train_tokens):
+def test_smooth_cells_are_those_of_the_definition(scales, train_tokens):
     options = dict(scales=scales, train_tokens=train_tokens, **LEARNED)
-    model = build_msvit(out_detail='guided', **options).double()
+    model = build_msvit(out_detail='smooth', **options).double()
     plain = build_msvit(**options).double()
     plain.load_state_dict(model.state_dict())
-    images, grids = torch.randn(2, 3, 90, 120, dtype=torch.float64), []  # 6 x 8 cells, the last ones in part
+    images, grids = torch.randn(2, 3, 96, 128, dtype=torch.float64), []
     seen = watch_tokens(model)
     for backbone in (model, plain):
         torch.manual_seed(1)
         grids.append(backbone.train()(images)[-1])
-    tokens, (guided, wanted) = seen[0][0], grids
-    padded, _ = pad_to_regions(images, 16, model.sides[-1])
-    levels = tokens.to_grid(tokens.level[:, None].double()).long()  # (B, 1, h, w)
-
-    def colour(b, y, x, side):
-        """Of the square of so many cells that a cell lies in."""
-        top, left, size = y // side * side * 16, x // side * side * 16, 16 * side
-        return padded[b, :, top : top + size, left : left + size].mean((1, 2))
-
+    tokens, (smooth, wanted) = seen[0][0], grids
     for level, side in reversed(list(enumerate(model.sides))[1:]):
-        coarse, step, before = levels[:, 0] >= level, side // 2, wanted.clone()
-        assert 0 < coarse.double().mean() < 1
-        for b, y, x in coarse.nonzero().tolist():
-            places = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-            cells = [(min(max(y + dy * step, 0), 5), min(max(x + dx * step, 0), 7)) for dy, dx in places]
-            token = [colour(b, v, u, model.sides[min(levels[b, 0, v, u].item(), level)]) for v, u in cells]
-            apart = torch.stack([(colour(b, y, x, 1) - each).square().mean() for each in token])
-            share = torch.tensor([0.25 * 0.5 ** (abs(dy) + abs(dx)) for dy, dx in places], dtype=torch.float64)
-            share = share * torch.exp(-2 * apart / max(apart.mean(), 1e-3))
-            parts = [part * before[b, :, v, u] for part, (v, u) in zip(share / share.sum(), cells)]
-            wanted[b, :, y, x] = sum(parts)
-    torch.testing.assert_close(guided, wanted)
-    assert not torch.equal(guided, grids[1])
-    guided.square().sum().backward()
+        coarse, step, before = tokens.to_grid((tokens.level >= level)[:, None].double()), side // 2, wanted.clone()
+        assert 0 < coarse.mean() < 1
+        for b, _, y, x in (coarse == 1).nonzero().tolist():
+            ys, xs = ([max(at - step, 0), at, at, min(at + step, n - 1)] for at, n in ((y, 6), (x, 8)))
+            wanted[b, :, y, x] = sum(before[b, :, v, u] for v in ys for u in xs) / 16
+    torch.testing.assert_close(smooth, wanted)
+    assert not torch.equal(smooth, grids[1])
+    smooth.square().sum().backward()
     assert all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in model.gate.parameters())
 
 
 @torch.no_grad()
-def test_a_cell_that_is_unlike_its_token_takes_after_the_neighbour_that_it_is_like():
-    """White above, black below: an edge in the middle of coarse tokens comes out sharper than by interpolation."""
-    model = build_msvit(gate=dict(type='FixedGate', coarse=True), out_detail='guided')
-    plain = build_msvit(gate=dict(type='FixedGate', coarse=True))
-    plain.load_state_dict(model.state_dict())
-    images = torch.ones(1, 3, 96, 96)
-    images[..., 48:, :] = -1
-    guided, grid = model(images)[-1][0], plain(images)[-1][0]  # (C, 6, 6), the edge within rows 2 and 3
-    white, black = grid[:, 1], grid[:, 4]
-    for row, like, unlike in ((2, white, black), (3, black, white)):
-        before, after = (((x[:, row] - like).norm() / (x[:, row] - unlike).norm()) for x in (grid, guided))
-        assert after < before / 2
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('detail', ['guided', 'residual'])
+@pytest.mark.parametrize('detail', ['smooth', 'residual'])
 def test_out_detail_leaves_images_without_a_coarse_region_as_they_are(detail):
     options = dict(gate=dict(type='FixedGate'), output_cls_token=True)
     plain, detailed = (build_msvit(out_detail=d, **options) for d in ('none', detail))

@@ -62,7 +62,7 @@ SEGMENTORS = {
                    decode_head={**FCN, 'type': 'TokenLinearHead', 'num_convs': 0, 'channels': 32, 'norm_cfg': None}),
     'beit': dict(backbone=BEIT, decode_head=FCN),
     'mask, smaller': dict(
-        backbone={**VIT, 'scales': (16, 32, 64), 'input_scale': 0.8, 'out_detail': 'guided'}, decode_head=MASK
+        backbone={**VIT, 'scales': (16, 32, 64), 'input_scale': 0.8, 'out_detail': 'smooth'}, decode_head=MASK
     ),
 }  # fmt: skip
 

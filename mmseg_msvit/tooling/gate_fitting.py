@@ -36,7 +36,7 @@ KINDS = dict(context='ContextGate', mlp='MLPGate')
 SMALLEST = 0.85
 BATCH = 8
 # What coarse tokens are on the grid of a converted model, unless the dense one's config says it.
-OUT_DETAIL = 'guided'
+OUT_DETAIL = 'smooth'
 # What a converted model's folder holds, and what its config says, by which it is known.
 WRITTEN = ('config.py', 'checkpoint.pth', 'train.py', 'picture.png')
 FITTED = 'with a gate that was fitted to it'
