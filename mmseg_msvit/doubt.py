@@ -177,6 +177,10 @@ class DoubtLoss(ShareLoss):
         self.momentum = momentum
         self.register_buffer('half_doubt', torch.zeros(()))  # by doubt_scale; 0 before the first step
 
+    def begin(self) -> None:
+        super().begin()
+        self.half_doubt.zero_()
+
     def of_step(
         self,
         decision: Decision,

@@ -115,7 +115,7 @@ class GateLoss(BaseModule):
         self.register_buffer('steps', torch.zeros((), dtype=torch.long))
 
     def begin(self) -> None:
-        """Forgets what another training has counted, with whose weights this one begins."""
+        """Forgets what another training has counted or seen, with whose weights this one begins."""
         if hasattr(self, 'steps'):
             self.steps.zero_()
 
@@ -232,6 +232,10 @@ class GeneralizedBatchShapingLoss(ShareLoss):
         hyperprior = batch_shaping_loss(means.view(-1, 1), lambda x: normal_cdf(x, target, self.spread))
         penalty = temperatures.square().mean()
         return self.loss_weight * (prior + self.hyperprior_weight * hyperprior + self.temperature_weight * penalty)
+
+    def begin(self) -> None:
+        super().begin()
+        self.memory.fill_(-1.0)
 
     def _fit_loaded_memory(self, state_dict: dict, prefix: str, *args) -> None:
         """Before any ``load_state_dict``: a memory of another size or grid is cut, filled up and resampled."""

@@ -49,14 +49,12 @@ class MSViTLayerDecayConstructor(DefaultOptimWrapperConstructor):
                 continue
             scale = self._scale(backbone, name[len(prefix) :]) if name.startswith(prefix) else 1.0
             undecayed = parameter.ndim == 1 or name.endswith(UNDECAYED) or '.gate_losses.' in f'.{name}'
-            params.append(
-                dict(
-                    params=[parameter],
-                    lr=self.base_lr * scale,
-                    weight_decay=0.0 if undecayed or self.base_wd is None else self.base_wd,
-                    param_name=name,
-                )
-            )
+            group = dict(params=[parameter], lr=self.base_lr * scale, param_name=name)
+            if undecayed:
+                group['weight_decay'] = 0.0
+            elif self.base_wd is not None:  # else it is the optimizer's own
+                group['weight_decay'] = self.base_wd
+            params.append(group)
 
     def _scale(self, backbone: MixedScale, name: str) -> float:
         """What a parameter of the backbone has of the rate."""

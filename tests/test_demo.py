@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, randomize
+from conftest import ROOT, randomize, tiny_segmentor
 from mmseg.registry import MODELS
 from PIL import Image
 
@@ -67,6 +67,14 @@ def test_pictures_have_one_size_and_say_what_they_should(explorer, image):
     assert red == pytest.approx(1 - found['agreement']) and 0 < red < 1
     colours = {tuple(colour) for colour in found['classes'].values()}
     assert colours <= {tuple(colour) for colour in explorer.reader.palette} and len(colours) == len(found['classes'])
+
+
+def test_one_logit_for_two_classes(config, image):
+    """Of which mmseg predicts floats."""
+    config.model = tiny_segmentor(dict(num_classes=2, out_channels=1, threshold=0.5))
+    config.model.data_preprocessor = dict(type='SegDataPreProcessor')
+    explorer = Explorer(build(config), FileReader(config))
+    assert len(explorer.look(image, 'budget', 0.5)['classes']) <= 2
 
 
 def test_large_images_are_reduced_and_no_picture_is_refused(explorer, monkeypatch):

@@ -171,6 +171,17 @@ def test_memory_is_kept_in_a_checkpoint_of_any_size():
     assert (fresh.memory == -1).all()
 
 
+@pytest.mark.parametrize('name', ['GeneralizedBatchShapingLoss', 'DoubtLoss', 'TokenBudgetLoss'])
+def test_a_loss_that_begins_anew_is_as_a_new_one(name):
+    loss = build(name, warmup=10)
+    new = {key: value.clone() for key, value in loss.named_buffers()}
+    assert new
+    for _, buffer in loss.named_buffers():
+        buffer.add_(3)
+    loss.begin()
+    assert all(torch.equal(buffer, new[key]) for key, buffer in loss.named_buffers())
+
+
 def test_memory_keeps_its_shape_under_averaging():
     source = build('GeneralizedBatchShapingLoss', memory_size=3)
     averaged = ExponentialMovingAverage(source, momentum=0.1), StochasticWeightAverage(source, update_buffers=True)

@@ -58,6 +58,11 @@ def main() -> None:
     config = load_config(args.config)
     dataset = load_testset(config)
     model = load_model(config, args.checkpoint, 'cpu')
+    budget = model.backbone.select.token_budget
+    if budget is not None:
+        raise InputError(
+            f'CONFIG: wanted token_budget=None, since files are run with a threshold, got {budget} in {args.config}'
+        )
     MMLogger.get_instance('compare', log_level='WARNING')  # else IoUMetric prints a table for each
 
     def with_backbone(backbone, inputs):

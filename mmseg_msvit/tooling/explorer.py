@@ -63,7 +63,7 @@ class Explorer:
         with as_dense(self.model):
             self._timed(data)
             milliseconds, (sample, _, _) = self._timed(data)
-        return Opened(pixels[..., ::-1], data, sample.pred_sem_seg.data[0].cpu().numpy(), milliseconds)
+        return Opened(pixels[..., ::-1], data, sample.pred_sem_seg.data[0].long().cpu().numpy(), milliseconds)
 
     def _timed(self, data: dict) -> tuple:
         """Milliseconds of :func:`look`, and what it returns."""
@@ -98,7 +98,7 @@ class Explorer:
             decisive = deciding_by(self.model, select.threshold, max(1, value * (h * w + select.prefix)))
         with decisive:
             milliseconds, (sample, tokens, decision) = self._timed(opened.data)
-        prediction = sample.pred_sem_seg.data[0].cpu().numpy()
+        prediction = sample.pred_sem_seg.data[0].long().cpu().numpy()  # floats, of one logit for two classes
         (cost,) = pass_costs(self.backbone, tokens, self.heads)
         names, palette = self.reader.dataset.metainfo['classes'], self.reader.palette
         pixels = np.bincount(prediction.ravel(), minlength=len(names))
