@@ -5,14 +5,14 @@ from mmengine.optim import build_optim_wrapper
 from mmseg.registry import MODELS
 
 
-def groups(backbone=None, decay=dict(weight_decay=0.1), **options):
+def groups(backbone=None, named=(('weight_decay', 0.1),), **options):
     model = MODELS.build(tiny_segmentor(coarse_embed='resize+detail', **(backbone or {})))
     wrapper = build_optim_wrapper(
         model,
         ConfigDict(
             type='OptimWrapper',
             constructor='MSViTLayerDecayConstructor',
-            optimizer=dict(type='AdamW', lr=1e-3, **decay),
+            optimizer=dict(type='AdamW', lr=1e-3, **dict(named)),
             paramwise_cfg=options,
         ),
     )
@@ -64,7 +64,7 @@ def test_what_is_not_decayed():
 
 
 def test_a_decay_that_is_not_named_is_the_optimizers_own():
-    found = {name: group['weight_decay'] for name, group in groups(decay={}).items()}
+    found = {name: group['weight_decay'] for name, group in groups(named=()).items()}
     assert found['backbone.layers.0.ffn.layers.1.weight'] == 0.01 and found['backbone.pos_embed'] == 0
 
 
