@@ -14,6 +14,7 @@ import json
 import platform
 import statistics
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Optional
@@ -165,7 +166,9 @@ def measure(args, batch: int) -> list:
             memory = peak_memory(functions[name], batches[0])
         parts = [dense_macs(model.backbone, grid)] * batch
         if seen:
-            parts = model.backbone.macs(seen[0][0])
+            tokens = seen[0][0]
+            # A training step computes its inactive tokens, too: where each cell has one row, none counts as inactive.
+            parts = model.backbone.macs(replace(tokens, cover=tokens.cover[:1]))
         if name == 'its gate and tokens':
             parts = [dict(p, encoder=0) for p in parts]
         if args.part == 'segmentor' and name != 'its backbone':

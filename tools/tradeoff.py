@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from mmseg_msvit.tooling.command_line import DEVICE, InputError, one_line_errors
+from mmseg_msvit.tooling.command_line import DEVICE, InputError, claim, digest, one_line_errors
 from mmseg_msvit.tooling.sweep import Run, curves, draw_curves, measure
 from mmseg_msvit.tooling.testset import load_config, load_testset
 
@@ -33,19 +33,21 @@ def parse(text: str) -> tuple:
 
 def train(config: str, seed: int, folder: Path) -> str:
     """Trains a config with a seed, or goes on where that stopped; the last checkpoint."""
-    done, text = folder / 'done', Config.fromfile(config).pretty_text
-    if done.exists() and done.read_text() != text:
-        raise InputError(f'{config} has changed since it was trained in {folder}: take another --out, or remove that')
+    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder / 'of.json', config=digest(Config.fromfile(config).pretty_text))
+    done = folder / 'done'
     if not done.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         print(f'training {config}, seed {seed}: {folder}/train.log', flush=True)
         command = [sys.executable, '-m', 'mim', 'train', 'mmsegmentation', config, '--work-dir', str(folder), '--yes']
-        command += ['--resume'] if (folder / 'last_checkpoint').exists() else []
+        options = [f'randomness.seed={seed}']
+        if (folder / 'last_checkpoint').exists():
+            command.append('--resume')
+            options.append('load_from=None')  # which mmengine would resume, and not what is in the folder
         with open(folder / 'train.log', 'a') as log:
-            finished = subprocess.run([*command, '--cfg-options', f'randomness.seed={seed}'], stdout=log, stderr=log)
+            finished = subprocess.run([*command, '--cfg-options', *options], stdout=log, stderr=log)
         if finished.returncode:
             raise InputError(f'training {config} failed: {folder}/train.log says why')
-        done.write_text(text)
+        done.touch()
     return (folder / 'last_checkpoint').read_text().strip()
 
 

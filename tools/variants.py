@@ -96,7 +96,9 @@ def train(config: Config, seed: int, folder: Path) -> str:
     last = folder / f'iter_{config.train_cfg.max_iters}.pth'
     if not last.is_file():
         config = deepcopy(config)
-        config.work_dir, config.resume, config.randomness = str(folder), True, dict(seed=seed)
+        config.work_dir, config.randomness = str(folder), dict(seed=seed)
+        if (folder / 'last_checkpoint').exists():
+            config.resume, config.load_from = True, None  # which mmengine would resume, and not what is in the folder
         config.val_cfg = config.val_dataloader = config.val_evaluator = None
         config.default_hooks.checkpoint = dict(type='CheckpointHook', by_epoch=False, interval=100, max_keep_ckpts=1)
         Runner.from_cfg(config).train()
