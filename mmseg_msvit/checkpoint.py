@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .layouts import fold_layer_scale, rename
-from .resampling import resample_grid, resample_patch, resample_positions, resample_relative
+from .resampling import grids_of_regions, resample_grid, resample_patch, resample_positions, resample_relative
 
 PATCH_WEIGHT = 'patch_embed.projection.weight'
 # What gates and their losses have on the grid of regions.
@@ -119,7 +119,7 @@ def adapt(backbone: nn.Module, tensors: Dict[str, Tensor], prefix: str = '', squ
     """
     done = {}
     gate = tensors.get(f'{prefix}gate.pos_embed')
-    regions = tuple(gate.shape[2:]) if gate is not None and gate.ndim == 4 else None
+    grids = grids_of_regions(gate.shape[2:], backbone.sides[1]) if gate is not None and gate.ndim == 4 else ()
     # A state dict without the patch embedding is not a ViT's, and says nothing about its biases.
     whole = f'{prefix}{PATCH_WEIGHT}' in tensors
     for name, own in backbone.state_dict().items():
@@ -129,9 +129,7 @@ def adapt(backbone: nn.Module, tensors: Dict[str, Tensor], prefix: str = '', squ
             if whole and lacks_bias and not name.startswith(ADDED) and not re.search(NORM_BIAS, name):
                 source, how = torch.zeros_like(own), 'is zero: the source has none'
         elif name == 'pos_embed' and source.ndim == 3:
-            source, how = resample_positions(
-                source, backbone.pos_grid, backbone.interpolate_mode, regions, backbone.sides[1], square
-            )
+            source, how = resample_positions(source, backbone.pos_grid, backbone.interpolate_mode, grids, square)
         elif name.endswith('relative_position_index'):
             source = own  # it follows from the window
         elif source.shape == own.shape:

@@ -6,7 +6,7 @@ softmax, resizing and the moving of tokens are not, as is usual.
 
 from copy import deepcopy
 from functools import partial
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Dict, List, Optional, Sequence
 
 import torch
 from mmengine.dataset import pseudo_collate
@@ -186,9 +186,9 @@ def dense_cost(backbone: nn.Module, grid: Grid, heads: Optional[HeadMacs] = None
     return cost(backbone, grid, cells + prefix_length(backbone), dense_macs(backbone, grid), heads)
 
 
-def add_up(passes: List[Dict[str, int]]) -> Dict[str, int]:
-    """An image's cost from those of its passes."""
-    return {key: sum(part[key] for part in passes) for key in passes[0]}
+def add_up(costs: Sequence[Dict[str, int]]) -> Dict[str, int]:
+    """The cost of all together: of an image's passes, or of a data set's images."""
+    return {key: sum(cost[key] for cost in costs) for key in costs[0]}
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from .checkpoint import PATCH_WEIGHT, fit
 from .layouts import rename
 from .mixed_scale import MixedScale
 from .reading import read_checkpoint, tensors_below
-from .resampling import source_grid
+from .resampling import grids_of_regions, source_grid
 
 # A tensor of a gate -> its class.
 GATE_OF = {'gate.embed.weight': 'MLPGate', 'gate.patch.weight': 'ContextGate'}
@@ -118,7 +118,8 @@ def _of_family(layout: str, tensors: Dict[str, Tensor], given: dict) -> dict:
     patch = tensors[PATCH_WEIGHT].shape[-1]
     if 'pos_embed' in tensors:
         gate = tensors.get('gate.pos_embed')
-        _, grid = source_grid(tensors['pos_embed'].shape[1], regions=None if gate is None else gate.shape[2:])
+        likely = () if gate is None else grids_of_regions(gate.shape[2:], 2)
+        _, grid = source_grid(tensors['pos_embed'].shape[1], likely=likely)
         if gate is None and any(name.startswith('gate.') for name in tensors) and 'img_size' not in given:
             size = 'x'.join(str(cells * patch) for cells in grid)
             print_log(f'img_size is taken as {size}: give it if the model had another', 'current', logging.WARNING)

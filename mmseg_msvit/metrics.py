@@ -9,7 +9,7 @@ from mmengine.evaluator import BaseMetric
 from mmseg.registry import METRICS
 from torch import nn
 
-from .flops import PARTS, head_costs, pass_costs
+from .flops import PARTS, add_up, head_costs, pass_costs
 from .mixed_scale import MixedScale
 from .tokens import TokenMap
 
@@ -128,12 +128,11 @@ class TokenMetric(BaseMetric):
                 f'TokenMetric wanted forward passes of an MSViT over {len(data_samples)} images, got '
                 f'{f"some over {sizes}" if sizes else "none: no MSViT has run, or another TokenMetric took them"}'
             )
-        for image in zip(*passes):
-            self.results.append({key: sum(part[key] for part in image) for key in image[0]})
+        self.results += map(add_up, zip(*passes))
 
     def compute_metrics(self, results: List[Dict[str, int]]) -> Dict[str, float]:
         """See the class."""
-        total = {key: sum(image[key] for image in results) for key in results[0]}
+        total = add_up(results)
         metrics = {}
         counted = [('tokens', 'tokens', 1), ('encoder_gmacs', 'encoder', 1e9)]
         if 'head' in total:

@@ -4,7 +4,8 @@ Pure functions of a tensor.
 """
 
 import math
-from typing import List, Optional, Tuple
+from itertools import product
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,7 @@ def resample_positions(
     source: Tensor,
     pos_grid: Grid,
     mode: str,
-    regions: Optional[Grid] = None,
-    side: int = 2,
+    likely: Sequence[Grid] = (),
     square: bool = False,
 ) -> Tuple[Tensor, Optional[str]]:
     """A source's position table on the model's grid.
@@ -41,8 +41,7 @@ def resample_positions(
         source: (1, extra + cells, C), where extra are the positions of cls and distillation tokens, 0 to 2 of them.
         pos_grid: (gh, gw) of the model.
         mode: interpolation mode.
-        regions: (hc, wc), the region grid of the source's gate, if it has one.
-        side: cells along a region's side.
+        likely: those that the source may have by its gate, see :func:`grids_of_regions`.
         square: whether a square is likelier than the model's grid.
 
     Returns:
@@ -53,10 +52,10 @@ def resample_positions(
         ValueError: the source's grid cannot be told.
     """
     pos_grid = tuple(pos_grid)
-    extra, grid = source_grid(source.shape[1], pos_grid, regions, side, square)
+    extra, grid = source_grid(source.shape[1], pos_grid, likely, square)
     if grid == pos_grid and extra == 1:
         root = math.isqrt(grid[0] * grid[1])
-        unsure = regions is None and root**2 == grid[0] * grid[1] and grid[0] != grid[1]
+        unsure = not likely and root**2 == grid[0] * grid[1] and grid[0] != grid[1]
         return source, f'is taken as {grid[0]}x{grid[1]}, not as {root}x{root}' if unsure else None
     cls = source[:, :1] if extra else torch.zeros_like(source[:, :1])
     cells = torch.cat((cls, source[:, extra:]), 1)
@@ -70,15 +69,11 @@ def resample_positions(
 
 
 def source_grid(
-    count: int,
-    pos_grid: Optional[Grid] = None,
-    regions: Optional[Grid] = None,
-    side: int = 2,
-    square: bool = False,
+    count: int, pos_grid: Optional[Grid] = None, likely: Sequence[Grid] = (), square: bool = False
 ) -> Tuple[int, Grid]:
     """Extra positions and grid of a table of so many positions; arguments and errors of :func:`resample_positions`."""
     for extra in (1, 0, 2):
-        grids = _grids_of_regions(count - extra, regions, side) if regions else []
+        grids = [(h, w) for h, w in likely if h * w == count - extra]
         if pos_grid in grids:
             return extra, pos_grid
         if len(grids) == 1:
@@ -98,10 +93,9 @@ def source_grid(
     )
 
 
-def _grids_of_regions(cells: int, regions: Grid, side: int) -> List[Grid]:
-    """All (h, w) with so many cells in such a region grid, whose last row and column may be cut."""
-    heights, widths = (range((n - 1) * side + 1, n * side + 1) for n in regions)
-    return [(h, w) for h in heights for w in widths if h * w == cells]
+def grids_of_regions(regions: Grid, side: int) -> List[Grid]:
+    """All (h, w) cells in (hc, wc) regions of so many cells a side, whose last row and column may be cut."""
+    return list(product(*(range((n - 1) * side + 1, n * side + 1) for n in regions)))
 
 
 def resample_relative(source: Tensor, window: Grid) -> Tensor:

@@ -8,10 +8,9 @@ go through the config's test pipeline and, in one piece, through the model.
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from mmseg_msvit.tooling.command_line import DEVICE, one_line_errors
+from mmseg_msvit.tooling.command_line import DEVICE, one_line_errors, write_json
 from mmseg_msvit.tooling.gate_report import Analysis, page
 from mmseg_msvit.tooling.testset import iou_options, load_config, load_model, load_testset
 
@@ -30,8 +29,7 @@ def main() -> None:
     analysis = Analysis(load_model(config, args.checkpoint, args.device), dataset, iou_options(config)['ignore_index'])
     numbers = analysis.numbers()
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(numbers, indent=2) + '\n')
+        write_json(args.out, numbers)
     if args.html:
         template = (Path(__file__).parent / 'gate_report.html').read_text()
         args.html.parent.mkdir(parents=True, exist_ok=True)

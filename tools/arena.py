@@ -20,7 +20,16 @@ from matplotlib.figure import Figure
 
 from mmseg_msvit.flops import PLAIN_VITS
 from mmseg_msvit.tooling.arena import CHOOSERS, dense, play, smaller
-from mmseg_msvit.tooling.command_line import DEVICE, claim, digest, file_digest, one_line_errors, positive, write_whole
+from mmseg_msvit.tooling.command_line import (
+    DEVICE,
+    claim,
+    digest,
+    file_digest,
+    one_line_errors,
+    positive,
+    write_json,
+    write_whole,
+)
 from mmseg_msvit.tooling.dense_pass import find_images, find_test_images, gather
 from mmseg_msvit.tooling.gate_fitting import OUT_DETAIL, convert, fit, gate_logits, shared_size
 from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
@@ -48,7 +57,6 @@ class Contest:
 
     def __init__(self, args, config, checkpoint: str, folder: Path):
         self.args, self.config, self.folder = args, config, folder
-        folder.mkdir(parents=True, exist_ok=True)
         self.model = load_model(config, checkpoint, args.device, PLAIN_VITS)
         claim(
             folder / 'of.json', checkpoint=file_digest(checkpoint), config=digest(config.pretty_text), limit=args.limit,
@@ -97,7 +105,7 @@ class Contest:
 
     def _add(self, result) -> None:
         self.results.append(asdict(result))
-        write_whole(self.file, lambda path: path.write_text(json.dumps(self.results, indent=2) + '\n'))
+        write_json(self.file, self.results)
         print(f'{self.folder.name}: {result}', flush=True)
 
     def _model(self, chooser: str, scales):
@@ -206,7 +214,7 @@ def main() -> None:
         contest.run()
         contests[checkpoint] = contest.results
     rows = table(contests)
-    (args.out / 'arena.json').write_text(json.dumps(rows, indent=2) + '\n')
+    write_json(args.out / 'arena.json', rows)
     (args.out / 'arena.md').write_text(markdown(rows))
     draw(rows).savefig(args.out / 'arena.png')
     print(markdown(rows))

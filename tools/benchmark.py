@@ -10,7 +10,6 @@ noisy, rounds are not. Ratios are to "dense", the same blocks called on the whol
 """
 
 import argparse
-import json
 import platform
 import statistics
 from contextlib import nullcontext
@@ -23,15 +22,13 @@ import cv2
 import numpy as np
 import torch
 from mmengine.logging import MMLogger
-from rich.console import Console
-from rich.table import Table
 
 from mmseg_msvit.flops import PLAIN_VITS, HeadMacs, dense_macs, prefix_length
 from mmseg_msvit.inspection import record_tokens
 from mmseg_msvit.mixed_scale import MixedScale
 from mmseg_msvit.tokens import region_grid
 from mmseg_msvit.tooling.baselines import dense_forward, first_values, force_gate
-from mmseg_msvit.tooling.command_line import DEVICE, InputError, one_line_errors, positive
+from mmseg_msvit.tooling.command_line import DEVICE, InputError, one_line_errors, positive, print_table, write_json
 from mmseg_msvit.tooling.testset import check_backbone, load_config
 from mmseg_msvit.tooling.timing import in_turns, paired_ratios, peak_memory
 from mmseg_msvit.tooling.toy_scenes import scene
@@ -201,21 +198,20 @@ def measure(args, batch: int) -> list:
 
 def show(rows: list, title: str) -> None:
     """Prints the table."""
-    table = Table(title=title)
-    for column in ('', 'batch', 'tokens', 'GMACs', 'x dense', 'ms', 'x dense', '(quartiles)', 'MiB', 'x dense'):
-        table.add_column(column, justify='left' if column == '' else 'right', no_wrap=True)
 
     def number(x, digits=2):
         return '' if x is None else f'{x:.{digits}f}'
 
+    lines = []
     for row in rows:
         low, high = row['quartiles'] or (None, None)
-        table.add_row(
+        lines.append([
             row['name'], str(row['batch']), number(row['tokens'], 0), number(row['gmacs']), number(row['gmacs_ratio']),
             number(row['seconds'] * 1000, 0), number(row['ratio']), f'{number(low)}-{number(high)}',
             number(row['memory_mib'], 0), number(row['memory_ratio']),
-        )  # fmt: skip
-    Console(width=130).print(table)
+        ])  # fmt: skip
+    columns = ['batch', 'tokens', 'GMACs', 'x dense', 'ms', 'x dense', '(quartiles)', 'MiB', 'x dense']
+    print_table(title, columns, lines)
 
 
 def main() -> None:
@@ -251,8 +247,7 @@ def main() -> None:
     show(rows, f'{args.part}, {args.mode}, {args.size[0]}x{args.size[-1]}, gate {args.gate}, {device}')
     if args.json:
         machine = dict(platform=platform.platform(), device=device, torch=torch.__version__)
-        record = {**vars(args), 'json': str(args.json), 'machine': machine, 'rows': rows}
-        args.json.write_text(json.dumps(record, indent=2) + '\n')
+        write_json(args.json, {**vars(args), 'json': str(args.json), 'machine': machine, 'rows': rows})
 
 
 if __name__ == '__main__':

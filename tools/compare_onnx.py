@@ -18,12 +18,10 @@ import onnxruntime
 import torch
 from mmengine.dataset import pseudo_collate
 from mmengine.logging import MMLogger
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from mmseg_msvit.tooling.baselines import dense_forward
-from mmseg_msvit.tooling.command_line import InputError, one_line_errors, positive
+from mmseg_msvit.tooling.command_line import InputError, one_line_errors, positive, print_table
 from mmseg_msvit.tooling.dense_pass import evenly
 from mmseg_msvit.tooling.testset import iou_metric, load_config, load_model, load_testset
 from mmseg_msvit.tooling.timing import paired_ratios, timed
@@ -99,16 +97,15 @@ def main() -> None:
                 seconds[name].append(sum(spent))
                 metrics[name].process(data, [sample.to_dict()])
 
-    table = Table(title=f'{len(chosen)} images, {args.threads} threads')
-    for column in ('', 'mIoU', 'agreement', 'ms', 'x dense', '(quartiles)'):
-        table.add_column(column, justify='right' if column else 'left', no_wrap=True)
+    rows = []
     for name, metric in metrics.items():
         ratio, low, high = paired_ratios(seconds[name], seconds['torch, dense'])
-        table.add_row(
+        rows.append([
             name, f'{metric.compute_metrics(metric.results)["mIoU"]:.2f}', f'{statistics.fmean(agreement[name]):.4%}',
             f'{1000 * statistics.median(seconds[name]):.0f}', f'{ratio:.2f}', f'{low:.2f}-{high:.2f}',
-        )  # fmt: skip
-    Console(width=130).print(table)
+        ])  # fmt: skip
+    columns = ['mIoU', 'agreement', 'ms', 'x dense', '(quartiles)']
+    print_table(f'{len(chosen)} images, {args.threads} threads', columns, rows)
 
 
 if __name__ == '__main__':

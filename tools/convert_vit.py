@@ -17,7 +17,7 @@ import torch
 from mmseg_msvit.checkpoint import refuse_not_finite
 from mmseg_msvit.layouts import fold_layer_scale, rename
 from mmseg_msvit.reading import read_checkpoint, unwrap
-from mmseg_msvit.resampling import source_grid
+from mmseg_msvit.resampling import resample_positions, source_grid
 from mmseg_msvit.tooling.command_line import write_whole
 
 # Tensors that mmseg's ViT has no place for, and without which the features are others.
@@ -36,9 +36,8 @@ def main() -> None:
     refuse_not_finite(tensors)
     fold_layer_scale(tensors)  # mmseg's ViT has none
     table = tensors['pos_embed']
-    extra, _ = source_grid(table.shape[1])
-    cls = table[:, :1] if extra else torch.zeros_like(table[:, :1])
-    tensors['pos_embed'] = torch.cat((cls, table[:, extra:]), 1)  # in mmseg's the first is that of cls, in any case
+    _, grid = source_grid(table.shape[1])
+    tensors['pos_embed'], _ = resample_positions(table, grid, 'bicubic')  # its own grid: as mmseg's, with cls alone
     write_whole(args.dst, partial(torch.save, tensors))
     print(f'{args.dst}: {len(tensors)} tensors from the layout of {layout}; {len(others)} are not of the ViT')
 

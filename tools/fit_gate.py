@@ -16,10 +16,8 @@ from pathlib import Path
 
 import cv2
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from mmseg_msvit.tooling.command_line import DEVICE, InputError, one_line_errors, positive
+from mmseg_msvit.tooling.command_line import DEVICE, InputError, one_line_errors, positive, print_table
 from mmseg_msvit.tooling.comparison import compare
 from mmseg_msvit.tooling.dense_pass import TARGETS, find_images, gather
 from mmseg_msvit.tooling.gate_fitting import (
@@ -78,17 +76,13 @@ def main() -> None:
     write(config, model, changes, reader.dataset.metainfo, args.out)
 
     settled = f'at {backbone.input_scale:.0%} of their size, threshold {backbone.select.threshold:.4g}'
-    table = Table(
-        title=f'{len(images)} images, which the gate was fitted to, {settled}: {share:.1%} of the dense tokens'
-    )
-    for column in ('', 'tokens', 'backbone GMACs', 'as the dense model', 'mIoU'):
-        table.add_column(column, justify='right' if column else 'left', no_wrap=True)
+    rows = []
     for row in compare(model, examples):
         miou = '' if row['miou'] is None else f'{row["miou"]:.2f}'
-        table.add_row(
-            row['name'], f'{row["tokens"]:.1f}', f'{row["gmacs"]:.3g}', f'{row["agreement"]:.2f} % of pixels', miou
-        )
-    Console(width=110).print(table)
+        agreement = f'{row["agreement"]:.2f} % of pixels'
+        rows.append([row['name'], f'{row["tokens"]:.1f}', f'{row["gmacs"]:.3g}', agreement, miou])
+    title = f'{len(images)} images, which the gate was fitted to, {settled}: {share:.1%} of the dense tokens'
+    print_table(title, ['tokens', 'backbone GMACs', 'as the dense model', 'mIoU'], rows)
     shown = examples[len(examples) // 2]
     cv2.imwrite(str(args.out / 'picture.png'), draw_image(model, shown.data, reader.palette, shown.labels)[..., ::-1])
     print(f'{args.out}/config.py and checkpoint.pth; train.py trains anew with this gate; picture.png shows one image')

@@ -10,31 +10,18 @@ a FLOP count is twice that.
 """
 
 import argparse
-import json
 from pathlib import Path
-from typing import Dict, Optional
-
-from rich.console import Console
-from rich.table import Table
+from typing import Optional
 
 from mmseg_msvit.flops import PARTS, PLAIN_VITS, HeadMacs, dense_cost, inference_cost, share_cost
 from mmseg_msvit.learned_gates import LearnedGate
 from mmseg_msvit.metrics import summarize_costs
 from mmseg_msvit.mixed_scale import MixedScale
 from mmseg_msvit.tokens import region_grid
-from mmseg_msvit.tooling.command_line import DEVICE, one_line_errors, positive
+from mmseg_msvit.tooling.command_line import DEVICE, one_line_errors, positive, print_table, write_json
 from mmseg_msvit.tooling.testset import load_config, load_model, load_testset, walk
 
 SHARES = (0, 0.25, 0.5, 0.75, 1)
-
-
-def show(rows: Dict[str, list], columns: list, title: str) -> None:
-    table = Table(title=title)
-    for column in ('', *columns):
-        table.add_column(column, justify='right' if column else 'left', no_wrap=True)
-    for name, values in rows.items():
-        table.add_row(name, *values)
-    Console(width=110).print(table)
 
 
 def number(value: Optional[float], share: bool = False) -> str:
@@ -62,31 +49,32 @@ def main() -> None:
             result = {f'{share:.0%} coarse': share_cost(model.backbone, heads, grid, share) for share in SHARES}
         else:
             result = {'dense': dense_cost(model.backbone, grid, heads)}
-        rows = {
-            name: [
+        rows = [
+            [
+                name,
                 f'{r["tokens"]}',
                 *(number(r[part] / 1e9) for part in (*PARTS, 'total')),
                 number(r['total'] / r['dense_total'], share=True),
             ]
             for name, r in result.items()
-        }
-        show(rows, ['tokens', *PARTS, 'total', 'of dense'], f'GMACs of an image of {args.shape[0]}x{args.shape[1]}')
+        ]
+        title = f'GMACs of an image of {args.shape[0]}x{args.shape[1]}'
+        print_table(title, ['tokens', *PARTS, 'total', 'of dense'], rows)
     else:
         if args.checkpoint is None and gated and any(isinstance(gate, LearnedGate) for gate in model.backbone.gates):
             print('no CHECKPOINT: the gate has not learned anything, its tokens mean nothing')
         result = summarize_costs([inference_cost(model, heads, data) for data in walk(dataset)])
-        rows = {
-            key if key == 'tokens' else f'{key} GMACs': [
+        rows = [
+            [
+                key if key == 'tokens' else f'{key} GMACs',
                 *(number(result[key][what]) for what in ('mean', 'p5', 'p50', 'p95', 'dense')),
                 number(result[key]['of_dense'], share=True),
             ]
             for key in ('tokens', *PARTS, 'total')
-        }
-        show(rows, ['mean', 'p5', 'p50', 'p95', 'dense', 'of dense'], f'{result["images"]} images')
+        ]
+        print_table(f'{result["images"]} images', ['mean', 'p5', 'p50', 'p95', 'dense', 'of dense'], rows)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        numbers = dict(config=args.config, checkpoint=args.checkpoint, shape=args.shape, **result)
-        args.json.write_text(json.dumps(numbers, indent=2) + '\n')
+        write_json(args.json, dict(config=args.config, checkpoint=args.checkpoint, shape=args.shape, **result))
 
 
 if __name__ == '__main__':

@@ -10,14 +10,13 @@ resumed where it stopped. Writes tradeoff.png and tradeoff.json.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 from mmengine.config import Config
 
-from mmseg_msvit.tooling.command_line import DEVICE, InputError, claim, digest, one_line_errors
+from mmseg_msvit.tooling.command_line import DEVICE, InputError, claim, digest, one_line_errors, write_json
 from mmseg_msvit.tooling.sweep import Run, curves, draw_curves, measure
 from mmseg_msvit.tooling.testset import load_config, load_testset
 
@@ -75,7 +74,7 @@ def main() -> None:
     at = '' if reference.threshold is None else f' at threshold {reference.threshold:g}'
     print(f'times are ratios to {reference.run.name}{at}')
     found = curves(points)
-    (args.out / 'tradeoff.json').write_text(json.dumps(dict(points=points, curves=found), indent=2) + '\n')
+    write_json(args.out / 'tradeoff.json', dict(points=points, curves=found))
     draw_curves(found).savefig(args.out / 'tradeoff.png')
     print(f'{"":<16} threshold   mIoU   tokens   GMACs      ms   time ratio')
     for name, curve in found.items():

@@ -33,7 +33,7 @@ from mmseg_msvit.tooling.command_line import (
     file_digest,
     one_line_errors,
     positive,
-    write_whole,
+    write_json,
 )
 from mmseg_msvit.tooling.dense_pass import find_test_images, gather
 from mmseg_msvit.tooling.gate_fitting import gate_logits, shared_size
@@ -171,7 +171,6 @@ def main() -> None:
     if len(args.converted) != len(args.checkpoints):
         wanted, got = len(args.checkpoints), len(args.converted)
         raise InputError(f'--converted: wanted a folder for each checkpoint, {wanted}, got {got}')
-    args.out.mkdir(parents=True, exist_ok=True)
     file, base = args.out / 'variants.json', load_config(args.config)
     for seed, (checkpoint, converted) in enumerate(zip(args.checkpoints, args.converted)):
         claim(
@@ -192,7 +191,7 @@ def main() -> None:
             known = [run['dense'] for run in runs if run['seed'] == seed]
             top = known[0] if known else test_dense(base, checkpoint, args.device)
             runs.append(dict(key, dense=top, results=results))
-            write_whole(file, lambda path: path.write_text(json.dumps(runs, indent=2) + '\n'))
+            write_json(file, runs)
             print(runs[-1], flush=True)
     (args.out / 'variants.md').write_text(markdown(runs))
     print(markdown(runs))

@@ -1,4 +1,4 @@
-"""What all tools share: errors in one line, numbers that are checked, and files that are whole or absent."""
+"""What all tools share: errors in one line, checked numbers, tables, and files that are whole or absent."""
 
 import argparse
 import hashlib
@@ -6,9 +6,11 @@ import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Sequence
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 # Where a tool runs unless it is told.
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -34,6 +36,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints rows, each with its name first, below their columns; a name has none."""
+    table = Table(title=title)
+    for column in ('', *columns):
+        table.add_column(column, justify='right' if column else 'left', no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=130).print(table)  # where there is no terminal, too
+
+
 def write_whole(path: Path, save: Callable[[Path], object]) -> None:
     """Makes a file that is there as a whole or not at all; an older one stays until then.
 
@@ -44,6 +56,12 @@ def write_whole(path: Path, save: Callable[[Path], object]) -> None:
     unfinished = path.with_name(f'{path.name}.unfinished')
     save(unfinished)
     os.replace(unfinished, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a JSON file, whole, and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda unfinished: unfinished.write_text(json.dumps(value, indent=2) + '\n'))
 
 
 def digest(text: str) -> str:
@@ -71,4 +89,4 @@ def claim(mark: Path, **settings) -> None:
     if other:
         wanted, got = (', '.join(f'{name} {str(each.get(name))[:12]}' for name in other) for each in (settings, known))
         raise InputError(f'--out: wanted a folder for results of {wanted}, got {mark.parent} with those of {got}')
-    write_whole(mark, lambda path: path.write_text(json.dumps(settings, indent=2) + '\n'))
+    write_json(mark, settings)

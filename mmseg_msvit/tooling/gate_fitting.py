@@ -37,9 +37,9 @@ SMALLEST = 0.85
 BATCH = 8
 # What coarse tokens are on the grid of a converted model, unless the dense one's config says it.
 OUT_DETAIL = 'smooth'
-# What a converted model's folder holds, and what its config says, by which it is known.
+# What a converted model's folder holds, and the words in its config by which it is known.
 WRITTEN = ('config.py', 'checkpoint.pth', 'train.py', 'picture.png')
-FITTED = 'with a gate that was fitted to it'
+SIGNATURE = 'with a gate that was fitted to it'
 LEARNING_RATE = 1e-3
 
 
@@ -255,7 +255,7 @@ def check_out(out: Path, *inputs: str) -> None:
         InputError: it would.
     """
     there = [out / name for name in WRITTEN if (out / name).exists()]
-    known = (out / 'config.py').is_file() and FITTED in (out / 'config.py').read_text(errors='replace')
+    known = (out / 'config.py').is_file() and SIGNATURE in (out / 'config.py').read_text(errors='replace')
     read = {Path(path).resolve() for path in inputs}
     lost = [path for path in there if not known or path.resolve() in read]
     if lost:
@@ -288,7 +288,7 @@ def write(config: Config, model: nn.Module, changes: dict, metainfo: dict, out: 
     fitted = '{{ fileDirname }}/checkpoint.pth'
     imports = [name for name in config.get('custom_imports', {}).get('imports', []) if name != 'mmseg_msvit']
     lines = [
-        f'# {Path(base).name} {FITTED}. A higher threshold is more tokens.',
+        f'# {Path(base).name} {SIGNATURE}. A higher threshold is more tokens.',
         f'_base_ = {base!r}',
         f'custom_imports = dict(imports={[*imports, "mmseg_msvit"]}, allow_failed_imports=False)',
         f'model = dict(backbone={backbone!r})',
