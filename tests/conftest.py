@@ -6,8 +6,12 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from copy import deepcopy
 from datetime import timedelta
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -22,6 +26,7 @@ from mmseg.structures import SegDataSample
 
 from mmseg_msvit import blocks
 from mmseg_msvit.attention import attend_reference
+from mmseg_msvit.tokens import region_grid
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get('MSVIT_SHARED', ROOT.parent / 'shared'))
@@ -35,11 +40,6 @@ SMALL = dict(img_size=64, embed_dims=32, num_layers=3, num_heads=2, out_indices=
 def deterministic():
     torch.manual_seed(0)
     init_default_scope('mmseg')
-
-
-@pytest.fixture
-def root():
-    return ROOT
 
 
 @pytest.fixture
@@ -78,6 +78,24 @@ def randomize(model, std=0.1):
                 parameter.add_(torch.randn_like(parameter), alpha=std)
 
 
+def random(source):
+    """A library's model in evaluation mode with noise on every weight. Some of theirs return nothing from ``eval``."""
+    randomize(source)
+    source.eval()
+    return source
+
+
+@torch.no_grad()
+def check_features(backbone, wanted, *sizes):
+    """A backbone's last grid is what ``wanted`` makes of images: (B, C, h, w), or rows that end with (B, h * w, C)."""
+    for size in sizes or [(64, 64)]:
+        images = torch.randn(2, 3, *size)
+        found, expected = backbone(images)[-1], wanted(images)
+        if expected.ndim == 3:
+            expected = expected[:, -found[0, 0].numel() :].mT.view_as(found)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=lambda text, size=size: f'{size}: {text}')
+
+
 def use_plain_attention(monkeypatch):
     """Makes every block take the reference in place of the fused attention."""
 
@@ -92,9 +110,30 @@ def force_logits(model, logits):
     model.gate.register_forward_hook(lambda module, args, out: logits.to(out.dtype) + out - out.detach())
 
 
+def force_random_logits(model, images, grid, scale=2.0):
+    """Makes the gates of all levels answer so, the same each time, and gives the answers, the finest level first."""
+    generator = torch.Generator().manual_seed(1)
+    answers = [scale * torch.randn(images, *region_grid(grid, side), generator=generator) for side in model.sides[1:]]
+    for gate, logits in zip(model.gates, answers):
+        gate.register_forward_hook(lambda m, a, out, logits=logits: logits.to(out.dtype) + out - out.detach())
+    return answers
+
+
 def sample(labels):
     """A data sample with (H, W) ground truth."""
     return SegDataSample(gt_sem_seg=PixelData(data=labels[None]))
+
+
+@pytest.fixture
+def site(request, tmp_path, monkeypatch):
+    """A folder and its address, by the handler that a test gives; files are kept in a cache of the test's own."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    (tmp_path / 'site').mkdir()
+    handler = partial(getattr(request, 'param', SimpleHTTPRequestHandler), directory=str(tmp_path / 'site'))
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield tmp_path / 'site', f'http://127.0.0.1:{server.server_port}'
+        server.shutdown()
 
 
 def spread(function, world_size, *args):
@@ -182,10 +221,30 @@ def build_runner(config, **options):
     return Runner.from_cfg(config)
 
 
+def write_model(config, folder, name='config'):
+    """CONFIG and CHECKPOINT for a command line: a model whose every weight, gate included, is random."""
+    model = MODELS.build(config.model)
+    randomize(model)
+    torch.save(model.state_dict(), folder / f'{name}.pth')
+    config.dump(str(folder / f'{name}.py'))
+    return str(folder / f'{name}.py'), str(folder / f'{name}.pth')
+
+
 @pytest.fixture
-def checkpoint(config):
-    build_runner(config, **{'train_cfg.max_iters': 2}).train()
-    return f'{config.work_dir}/iter_2.pth'
+def toy(config, tmp_path):
+    """CONFIG and CHECKPOINT of the toy config."""
+    return write_model(config, tmp_path)
+
+
+@pytest.fixture
+def dense(config, tmp_path):
+    """CONFIG and CHECKPOINT of its dense twin."""
+    twin = deepcopy(config)
+    for name in ('train_tokens', 'coarse_embed', 'gate_loss'):
+        twin.model.backbone.pop(name)
+    twin.model.backbone.type = 'VisionTransformer'
+    twin.custom_hooks = []
+    return write_model(twin, tmp_path, 'dense')
 
 
 @pytest.fixture

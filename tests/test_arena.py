@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import ROOT, build_runner
+from conftest import ROOT
 from mmengine.optim import build_optim_wrapper
 from mmseg.registry import MODELS
 
@@ -14,20 +14,6 @@ from mmseg_msvit.tooling.arena import as_logits, play, score_doubt, score_random
 from mmseg_msvit.tooling.dense_pass import find_images, gather
 from mmseg_msvit.tooling.gate_fitting import convert
 from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
-
-
-@pytest.fixture
-def dense(config):
-    """CONFIG and CHECKPOINT of a dense segmentor on the toy scenes."""
-    for name in ('train_tokens', 'coarse_embed', 'gate_loss'):
-        config.model.backbone.pop(name)
-    config.model.backbone.type = 'VisionTransformer'
-    config.custom_hooks = []
-    config.val_evaluator = config.test_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
-    path = f'{config.work_dir}/config.py'
-    build_runner(config, **{'train_cfg.max_iters': 2}).train()
-    config.dump(path)
-    return path, f'{config.work_dir}/iter_2.pth'
 
 
 def gathered(dense):
@@ -68,10 +54,10 @@ def test_told_gates_decide_as_told(dense):
         assert torch.equal(decision.coarse[1], levels[1].sigmoid() > 0.5)
 
 
-def bare(checkpoint, folder):
-    """Another file: the weights alone."""
-    torch.save(torch.load(checkpoint, weights_only=False)['state_dict'], folder / 'bare.pth')
-    return folder / 'bare.pth'
+def rewritten(checkpoint, folder):
+    """Another file with the same weights."""
+    torch.save(dict(state_dict=torch.load(checkpoint)), folder / 'other.pth')
+    return folder / 'other.pth'
 
 
 @pytest.mark.slow
@@ -101,7 +87,7 @@ def test_the_tool_goes_on_where_it_stopped(dense, tool, tmp_path, capsys):
     assert tool(*line) is None
     assert capsys.readouterr().out.count('run_0: Result') == 1
     assert json.loads(results.read_text()) == known
-    assert 'a folder for results of checkpoint ' in tool(line[0], dense[0], bare(dense[1], tmp_path), *line[3:])
+    assert 'a folder for results of checkpoint ' in tool(line[0], dense[0], rewritten(dense[1], tmp_path), *line[3:])
     end = f'a folder for results of limit 2, got {tmp_path}/run_0 with those of limit None'
     assert tool(*line, '--limit', 2).endswith(end)
 
@@ -127,13 +113,13 @@ def test_variants_are_trained_and_tested_once(dense, tool, tmp_path, capsys):
     def weights(path):
         return torch.load(path, weights_only=False)['state_dict']
 
-    fitted, gate = weights(out / 'fitted_64_0/iter_2.pth'), weights(converted / 'checkpoint.pth')
+    fitted, gate = weights(out / 'fitted_64_0/iter_4.pth'), weights(converted / 'checkpoint.pth')
     frozen = [name for name in gate if name.startswith('backbone.gate.')]
     assert frozen and all(torch.equal(fitted[name], gate[name]) for name in frozen)
     assert not torch.equal(fitted['backbone.cls_token'], gate['backbone.cls_token'])
-    assert 'backbone.out_details.0.weight' in weights(out / 'doubt_detail_64_0/iter_2.pth')
+    assert 'backbone.out_details.0.weight' in weights(out / 'doubt_detail_64_0/iter_4.pth')
     assert (out / 'variants.md').read_text().count('| coarse |') == 2
-    assert 'results of checkpoint ' in tool(line[0], dense[0], bare(dense[1], tmp_path), *line[3:], names[0])
+    assert 'results of checkpoint ' in tool(line[0], dense[0], rewritten(dense[1], tmp_path), *line[3:], names[0])
     assert 'results of budget 0.5, got ' in tool(*line[:-1], '--budget', 0.5, '--variants', names[0])
     assert 'a folder for each checkpoint' in tool(*line[:3], '--converted', converted, converted, '--out', out)
 

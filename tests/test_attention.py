@@ -31,8 +31,7 @@ def test_fused_equals_reference_with_gradients(lengths, weighted, chunk, monkeyp
         out = function(qkv, lengths, weight if weighted else None)
         (out * torch.randn(out.shape, dtype=out.dtype)).sum().backward()
         results.append([out, qkv.grad] + ([weight.grad] if weighted else []))
-    for fused, reference in zip(*results):
-        torch.testing.assert_close(fused, reference, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
 
 
 def test_reference_is_the_published_formula():
@@ -214,8 +213,7 @@ def test_a_model_calls_the_variable_length_kernel_with_its_own_rows(scales, monk
             sum(out.square().mean() for out in outputs).backward()
             model._gated = ()
             grads.append([*outputs, *(p.grad for p in model.layers.parameters())])
-        for got, wanted in zip(*grads):
-            torch.testing.assert_close(got, wanted)
+        torch.testing.assert_close(*grads)
         tokens = seen[0][0]
         if mode == 'trimmed':
             assert not calls

@@ -56,9 +56,7 @@ def test_all_fine_is_mmsegs_vit(size, options):
         dense.img_size = (h * 16, w * 16)
     with torch.no_grad():
         outputs, wanted = model(images), dense(images)
-    assert len(outputs) == len(wanted)
-    for a, b in zip(outputs, wanted):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('size', [(64, 64), (70, 90), (33, 130)])
@@ -78,8 +76,7 @@ def test_training_output_is_the_packed_test_output(size, mode, options, monkeypa
     outputs = model.train()(images)
     ((tokens, decision),) = seen
     assert 0 < decision.coarse[0].float().mean() < 1 and tokens.masked == (mode != 'active')
-    for a, b in zip(outputs, wanted):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('mode', ['all', 'trimmed'])
@@ -103,23 +100,6 @@ def test_gradient_of_the_weights_is_that_of_the_definition(mode, monkeypatch):
     use_plain_attention(monkeypatch)  # in the fused one a weight of 0 minus a step has no logarithm
     weight = tokens.weight.detach().double().requires_grad_()
     assert torch.autograd.gradcheck(run, weight, atol=1e-6, fast_mode=True)
-
-
-@pytest.mark.parametrize('options', [{}, dict(out_indices=(1,), coarse_embed='resize+detail')])
-def test_trimmed_has_the_gradients_of_the_plain_attention(options, monkeypatch):
-    grads = []
-    for plain in (False, True):
-        torch.manual_seed(0)
-        model = build_msvit(train_tokens='trimmed', **LEARNED, **options).double().train()
-        images = torch.randn(3, 3, 70, 64, dtype=torch.float64)
-        force_logits(model, torch.randn(3, 3, 2))
-        if plain:
-            use_plain_attention(monkeypatch)
-        sum(o.square().sum() for o in model(images)).backward()
-        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert any(name.startswith('gate.') and g.abs().sum() > 0 for name, g in grads[0].items())
-    for name in grads[1]:
-        torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize('size', [(64, 64), (50, 100)])
@@ -186,16 +166,7 @@ def test_checkpointing_changes_nothing(mode):
         outputs = model(torch.randn(4, 3, 64, 64))
         sum(o.square().sum() for o in outputs).backward()
         results.append([*outputs, *(p.grad for p in model.parameters() if p.grad is not None)])
-    for a, b in zip(*results):
-        torch.testing.assert_close(a, b)
-
-
-def test_stochastic_depth_is_drawn_for_each_image():
-    model = build_msvit(drop_path_rate=0.9, num_layers=2, out_indices=(1,), gate=dict(type='FixedGate')).train()
-    image = torch.randn(1, 3, 64, 64).expand(64, -1, -1, -1)
-    (out,) = model(image)
-    kinds = out.flatten(1).unique(dim=0)
-    assert len(kinds) == 2  # the last layer's branch kept or dropped, and nothing between
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize('options', [{}, dict(coarse_embed='resize+detail')])
@@ -325,11 +296,6 @@ def test_a_detail_that_starts_at_zero_changes_nothing():
     torch.testing.assert_close(*outputs)
 
 
-def test_larger_scales():
-    model = build_msvit(scales=(16, 64), **LEARNED)
-    assert model.train()(torch.randn(2, 3, 100, 140))[0].shape == (2, 32, 7, 9)
-
-
 def test_frozen_gate_is_always_active_and_has_no_losses():
     model = build_msvit(train_tokens='all', gate=dict(type='RandomGate'))
     assert len(model.gate_losses) == 0
@@ -376,20 +342,6 @@ def test_pretrained_weights_of_a_vit_leave_the_gate_at_its_start(tmp_path):
     saved = torch.load(tmp_path / 'vit.pth')
     assert torch.equal(model.layers[1].ffn.layers[1].weight, saved['layers.1.ffn.layers.1.weight'])
     torch.testing.assert_close(model.gate(torch.zeros(1, 3, 64, 64), (2, 2)).sigmoid(), torch.full((1, 2, 2), 0.9))
-
-
-def test_half_precision_and_autocast():
-    model = build_msvit(**LEARNED)
-    images = torch.randn(2, 3, 64, 64)
-    wanted = model(images)[-1]
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        mixed = model(images)[-1]
-    assert (mixed.float() - wanted).abs().mean() < 0.05
-    model.train()
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        loss = sum(o.float().square().mean() for o in model(images))
-    loss.backward()
-    assert all(p.grad.isfinite().all() for p in model.gate.parameters())
 
 
 @pytest.mark.parametrize(
@@ -457,8 +409,7 @@ def test_torch_compile_gives_the_same(mode):
             outputs += [parameter.grad for parameter in model.gate.parameters()]
             model.pop_gate_losses([])
         results.append(outputs)
-    for plain, traced in zip(*results):
-        torch.testing.assert_close(traced, plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 def test_a_smaller_image_at_test_time_alone():

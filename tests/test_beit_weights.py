@@ -7,7 +7,7 @@ import mmseg.models.backbones.beit as mmseg_beit
 import pytest
 import timm
 import torch
-from conftest import randomize, tiny_segmentor
+from conftest import check_features, random, tiny_segmentor
 from mmengine.config import Config
 from mmengine.runner import Runner, load_checkpoint
 from mmseg.models.backbones import MAE, BEiT
@@ -43,23 +43,9 @@ def build(family, path=None, **options):
     return model.eval()
 
 
-def random(source):
-    randomize(source)
-    source.eval()  # mmseg's returns nothing
-    return source
-
-
 def save(weights, path):
     torch.save(weights, path)
     return path
-
-
-def check(model, wanted, size=(64, 64)):
-    images = torch.randn(2, 3, *size)
-    with torch.no_grad():
-        expected = wanted(images)
-        expected = expected if expected.ndim == 4 else expected.mT.unflatten(2, (size[0] // 16, size[1] // 16))
-        torch.testing.assert_close(model(images)[-1], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('how', ['init_cfg', 'load_checkpoint', 'load_from'])
@@ -89,7 +75,7 @@ def test_mmsegs_own(family, kind, how, tmp_path):
         model = whole.backbone.eval()
         if kind == 'segmentor':
             assert torch.equal(whole.decode_head.conv_seg.weight, source.decode_head.conv_seg.weight)
-    check(model, lambda images: dense(images)[-1], (64, 96))
+    check_features(model, lambda images: dense(images)[-1], (64, 96))
 
 
 @pytest.mark.parametrize('how', ['load_checkpoint', 'load_segmentor', 'ViTWeightsHook'])
@@ -109,7 +95,7 @@ def test_a_whole_segmentor_by_older_names(family, how, tmp_path):
     else:
         (load_checkpoint if how == 'load_checkpoint' else load_segmentor)(whole, path)
     assert torch.equal(whole.decode_head.conv_seg.weight, source.decode_head.conv_seg.weight)
-    check(whole.backbone.eval(), lambda images: source.backbone(images)[-1], (64, 96))
+    check_features(whole.backbone.eval(), lambda images: source.backbone(images)[-1], (64, 96))
 
 
 @pytest.mark.parametrize('layout', ['timm', 'shared', 'official'])
@@ -122,7 +108,7 @@ def test_beit_of_timm_and_official(layout, final_norm, tmp_path):
         index = {f'blocks.{i}.attn.relative_position_index': torch.zeros(17, 17, dtype=torch.int64) for i in range(3)}
         weights = {'model': {**weights, **index}}
     model = build('BEiT', save(weights, tmp_path / 'a.pth'), final_norm=final_norm)
-    check(model, lambda images: source.forward_features(images)[:, 1:])
+    check_features(model, source.forward_features)
 
 
 @pytest.mark.parametrize('where', ['disk', 'memory'])
@@ -137,7 +123,7 @@ def test_beit_of_transformers(where, shared, tmp_path):
     else:
         path = save(source.state_dict(), tmp_path / 'a.pth')
     final_norm = any(name.startswith('layernorm') for name in source.state_dict())
-    check(build('BEiT', path, final_norm=final_norm), lambda images: source(images).last_hidden_state[:, 1:])
+    check_features(build('BEiT', path, final_norm=final_norm), lambda images: source(images).last_hidden_state)
 
 
 def test_beit_of_mmpretrain(tmp_path):
@@ -150,7 +136,7 @@ def test_beit_of_mmpretrain(tmp_path):
     path = save({'state_dict': random(source).state_dict()}, tmp_path / 'a.pth')
     norm = source.ln1.eps
     assert norm == 1e-6
-    check(build('BEiT', path, final_norm=True), lambda images: source(images)[-1])
+    check_features(build('BEiT', path, final_norm=True), lambda images: source(images)[-1])
 
 
 def test_mae_pretrained_by_the_official_code(tmp_path):
@@ -159,7 +145,7 @@ def test_mae_pretrained_by_the_official_code(tmp_path):
     more = {'mask_token': torch.zeros(1, 1, 8), 'decoder_blocks.0.attn.qkv.weight': torch.zeros(24, 8)}
     path = save({'model': {**source.state_dict(), **more}}, tmp_path / 'a.pth')
     model = build('MAE', path, init_values=1.0, final_norm=True)
-    check(model, lambda images: source.forward_features(images)[:, 1:])
+    check_features(model, source.forward_features)
     assert not model.layers[0].attn.relative_position_bias_table.any()
 
 

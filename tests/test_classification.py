@@ -1,14 +1,13 @@
 """MSViT as mmpretrain's backbone: a gate learned by a classifier, carried into a segmentor."""
 
 import os
-import subprocess
 import sys
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, randomize
+from conftest import ROOT, SMALL, randomize, run
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import load_checkpoint
@@ -106,21 +105,8 @@ def classifier(imagenet, tmp_path_factory):
         options += [f'{part}_dataloader.dataset.data_root={imagenet}', f'{part}_dataloader.num_workers=0']
         options += [f'{part}_dataloader.persistent_workers=False', f'{part}_dataloader.batch_size=2']
     options += ['default_hooks.logger.interval=1', 'optim_wrapper.optimizer.lr=0.01']
-    command = [
-        sys.executable,
-        '-m',
-        'mim',
-        'train',
-        'mmpretrain',
-        CONFIG,
-        '--work-dir',
-        work,
-        '--cfg-options',
-        *options,
-    ]
-    done = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True, timeout=540)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return work / 'epoch_2.pth', done.stdout + done.stderr
+    command = [sys.executable, '-m', 'mim', 'train', 'mmpretrain', CONFIG, '--work-dir', work]
+    return work / 'epoch_2.pth', run(*command, '--cfg-options', *options)
 
 
 def test_toy_run_of_the_imagenet_config(classifier):

@@ -8,7 +8,6 @@ import sys
 import cv2
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, randomize, tiny_segmentor
 from mmseg.registry import MODELS
 from PIL import Image
@@ -99,18 +98,11 @@ def test_without_a_checkpoint_it_says_where_to_get_one(tool, monkeypatch, tmp_pa
     assert tool('demo.py', 'config.py') == 'CHECKPOINT: wanted the weights of config.py, got none'
 
 
-def save(config, folder):
-    """CONFIG and CHECKPOINT for a command line."""
-    torch.save(build(config).state_dict(), folder / 'weights.pth')
-    config.dump(str(folder / 'config.py'))
-    return folder / 'config.py', folder / 'weights.pth'
-
-
 @pytest.mark.slow
-def test_animation_and_picture(config, scenes, tool, tmp_path):
+def test_animation_and_picture(toy, scenes, tool, tmp_path):
     out = '--animation', tmp_path / 'demo.webp', '--picture', tmp_path / 'photo.jpg'
     image = scenes / 'images/val/0000.png'
-    assert tool('demo_animation.py', *save(config, tmp_path), image, *out) is None
+    assert tool('demo_animation.py', *toy, image, *out) is None
     picture, animation = Image.open(tmp_path / 'photo.jpg'), Image.open(tmp_path / 'demo.webp')
     assert picture.width == 1600 and animation.width == 960 and animation.n_frames == 22
     first = np.asarray(animation.convert('RGB')).astype(int)
@@ -122,12 +114,10 @@ def test_animation_and_picture(config, scenes, tool, tmp_path):
 
 
 @pytest.fixture
-def served(config, tmp_path):
+def served(toy):
     """The address of the tool, as a user starts it."""
-    command = [sys.executable, '-W', 'ignore', 'tools/demo.py', *save(config, tmp_path)]
-    tool = subprocess.Popen(
-        [*map(str, command), '--port', '0'], cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, '-W', 'ignore', 'tools/demo.py', *toy]
+    tool = subprocess.Popen([*command, '--port', '0'], cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, text=True)
     address = next((line.split()[0] for line in tool.stdout if line.startswith('http://')), None)
     yield address
     tool.terminate()

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import randomize, tiny_segmentor
+from conftest import check_features, random, tiny_segmentor
 from mmseg.registry import MODELS
 from safetensors.torch import load_file
 from timm.models.eva import checkpoint_filter_fn as read_dinov3
@@ -47,24 +47,8 @@ def msvit(path=None, **options):
     return model.eval()
 
 
-def features(model, images):
-    with torch.no_grad():
-        return model(images)[-1].flatten(2).mT  # (B, h * w, C)
-
-
-def random(source):
-    randomize(source)
-    source.eval()  # mmpretrain's returns nothing
-    return source
-
-
-def of_timm(source):
-    return lambda images: source.forward_features(images)[:, source.num_prefix_tokens :]
-
-
 def of_transformers(source):
-    extra = 1 + getattr(source.config, 'num_register_tokens', 0)
-    return lambda images: source(images).last_hidden_state[:, extra:]
+    return lambda images: source(images).last_hidden_state
 
 
 def save(weights, path):
@@ -78,14 +62,6 @@ def on_disk(source, path):
     return path / 'model.safetensors'
 
 
-def check(model, wanted, sizes):
-    for size in sizes:
-        images = torch.randn(2, 3, *size)
-        with torch.no_grad():
-            expected = wanted(images)
-        torch.testing.assert_close(features(model, images), expected, rtol=1e-4, atol=1e-4, msg=f'{size}')
-
-
 @pytest.mark.parametrize('how', ['init_cfg', 'pretrained'])
 def test_real_weights_in_half_precision(how, shared):
     path = str(shared('weights/dinov2_vits14_hf_fp16.safetensors'))
@@ -93,20 +69,12 @@ def test_real_weights_in_half_precision(how, shared):
     model = MODELS.build(dict(type='MSViT', img_size=518, embed_dims=384, num_heads=6, **V2, **init))
     model.init_weights()
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    source = Dinov2Model(Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14))
-    missing, unexpected = source.load_state_dict(in_memory(load_file(path)), strict=False)
-    assert missing == ['embeddings.mask_token'] and unexpected == []
+    config = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14)
+    how_to_read = dict(config=config, state_dict=load_file(path), dtype=torch.float32, output_loading_info=True)
+    source, report = Dinov2Model.from_pretrained(None, **how_to_read)
+    assert report['missing_keys'] == {'embeddings.mask_token'} and not report['unexpected_keys']
     sizes = [(224, 224), (98, 154)] if how == 'init_cfg' else [(28, 28)]
-    check(model.eval(), of_transformers(source.eval()), sizes)
-
-
-def in_memory(weights):
-    """transformers' names in memory from those on disk."""
-    renamed = {name.replace('attention.output.dense', 'attention.o_proj'): t for name, t in weights.items()}
-    for old in ('query', 'key', 'value'):
-        new = f'attention.{old[0]}_proj'
-        renamed = {name.replace(f'attention.attention.{old}', new): t for name, t in renamed.items()}
-    return renamed
+    check_features(model.eval(), of_transformers(source), *sizes)
 
 
 @pytest.mark.parametrize('where', ['disk', 'memory', 'whole'])
@@ -122,7 +90,7 @@ def test_dinov2_of_transformers(where, ffn, registers, tmp_path):
         path = save({f'dinov2.{name}': tensor for name, tensor in load_file(path).items()}, tmp_path / 'a.pth')
     mode = 'bicubic-antialias' if registers else 'bicubic'
     model = msvit(path, ffn_type=ffn, num_register_tokens=registers, interpolate_mode=mode, **V2)
-    check(model, of_transformers(source), SIZES[14] if where == 'disk' else SIZES[14][:1])
+    check_features(model, of_transformers(source), *(SIZES[14] if where == 'disk' else SIZES[14][:1]))
 
 
 def timm_dinov2(ffn, registers):
@@ -170,7 +138,7 @@ def test_dinov2_of_timm_and_official(layout, ffn, registers, tmp_path):
     # timm resamples positions with antialiasing, where the official model without registers has none.
     options = dict(num_register_tokens=registers, ffn_type=ffn, interpolate_mode='bicubic-antialias', **V2)
     model = msvit(save(weights, tmp_path / 'a.pth'), **options)
-    check(model, of_timm(source), SIZES[14] if layout == 'timm' else SIZES[14][:1])
+    check_features(model, source.forward_features, *(SIZES[14] if layout == 'timm' else SIZES[14][:1]))
 
 
 @pytest.mark.parametrize('ffn', ['mlp', 'swiglu'])
@@ -182,7 +150,7 @@ def test_dinov2_of_mmpretrain(ffn, tmp_path):
     options = dict(img_size=70, patch_size=14, layer_scale_init_value=1e-5, out_type='featmap', **more)
     source = random(VisionTransformer(arch=arch, **options))
     path = save({'state_dict': source.state_dict()}, tmp_path / 'a.pth')
-    check(msvit(path, ffn_type=ffn, **V2), lambda images: source(images)[-1].flatten(2).mT, SIZES[14])
+    check_features(msvit(path, ffn_type=ffn, **V2), lambda images: source(images)[-1], *SIZES[14])
 
 
 @pytest.mark.parametrize('where', ['disk', 'memory'])
@@ -196,7 +164,8 @@ def test_dinov3_of_transformers(where, ffn, tmp_path):
     )
     source = random(DINOv3ViTModel(DINOv3ViTConfig(**shape, **hidden)))
     path = on_disk(source, tmp_path) if where == 'disk' else save(source.state_dict(), tmp_path / 'a.pth')
-    check(msvit(path, ffn_type=ffn, **V3), of_transformers(source), SIZES[16] if where == 'disk' else SIZES[16][:1])
+    sizes = SIZES[16] if where == 'disk' else SIZES[16][:1]
+    check_features(msvit(path, ffn_type=ffn, **V3), of_transformers(source), *sizes)
 
 
 def test_dinov3_of_transformers_without_registers(tmp_path):
@@ -204,7 +173,7 @@ def test_dinov3_of_transformers_without_registers(tmp_path):
     shape = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=64, intermediate_size=128)
     source = random(DINOv3ViTModel(DINOv3ViTConfig(**shape, num_register_tokens=0)))
     model = msvit(on_disk(source, tmp_path), **{**V3, 'num_register_tokens': 0})
-    check(model, of_transformers(source), SIZES[16][:1])
+    check_features(model, of_transformers(source), *SIZES[16][:1])
 
 
 def timm_dinov3(ffn, bias):
@@ -245,7 +214,7 @@ def test_dinov3_of_timm_and_official(layout, ffn, tmp_path):
     path = save(weights, tmp_path / 'a.pth')
     sizes = SIZES[16] if layout == 'timm' else SIZES[16][:1]
     # A bias of the keys would be used, were it not masked out of the file.
-    check(msvit(path, ffn_type=ffn, **{**V3, 'qkv_bias': True}), of_timm(source), sizes)
+    check_features(msvit(path, ffn_type=ffn, **{**V3, 'qkv_bias': True}), source.forward_features, *sizes)
 
 
 def test_dinov3_has_no_table_of_positions():
@@ -279,7 +248,7 @@ def test_weights_are_there_after_all_is_initialised(tmp_path):
     init = dict(type='Pretrained', checkpoint=str(save(source.state_dict(), tmp_path / 'a.pth')))
     model = MODELS.build(tiny_segmentor(img_size=70, init_cfg=init, num_register_tokens=4, **TINY, **V2))
     model.init_weights()
-    check(model.backbone.eval(), of_timm(source), SIZES[14][:1])
+    check_features(model.backbone.eval(), source.forward_features, *SIZES[14][:1])
 
 
 def test_layer_scales_are_taken_or_folded(tmp_path):
@@ -291,15 +260,11 @@ def test_layer_scales_are_taken_or_folded(tmp_path):
         assert torch.equal(kept.layers[1].gamma_2, source.blocks[1].ls2.gamma)
         folded = msvit(path, ffn_type=ffn, **{**V2, 'layer_scale_init_value': 0})
         assert 'layers.0.gamma_1' not in folded.state_dict()
-        check(folded, of_timm(source), SIZES[14][:1])
+        check_features(folded, source.forward_features, *SIZES[14][:1])
 
 
 def dinov2_weights(**options):
     return msvit(**{**V2, **options}).state_dict()
-
-
-def dinov3_weights(**options):
-    return msvit(**{**V3, **options}).state_dict()
 
 
 @pytest.mark.parametrize('weights, ours, wrong, advice', [

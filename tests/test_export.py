@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -257,14 +258,6 @@ def test_a_head_that_cannot_be_exported_is_named():
         export_onnx(model)
 
 
-@pytest.fixture
-def bare(config, tmp_path):
-    """CONFIG and CHECKPOINT, first values."""
-    torch.save(MODELS.build(config.model).state_dict(), tmp_path / 'bare.pth')
-    config.dump(str(tmp_path / 'config.py'))
-    return str(tmp_path / 'config.py'), str(tmp_path / 'bare.pth')
-
-
 NO_TORCH = """
 import runpy, sys
 sys.modules['torch'] = None  # to import it is an error
@@ -274,9 +267,9 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 
 @pytest.mark.slow
-def test_tools(bare, config, scenes, tool, tmp_path):
+def test_tools(toy, config, scenes, tool, tmp_path):
     file = tmp_path / 'model.onnx'
-    assert tool('export_onnx.py', *bare, file) is None
+    assert tool('export_onnx.py', *toy, file) is None
     notes = {name: json.loads(value) for name, value in session(file).get_modelmeta().custom_metadata_map.items()}
     assert notes['classes'][0] == 'sky' and notes['palette'][0] == [120, 170, 230]
     pixels = config.model.data_preprocessor
@@ -285,9 +278,7 @@ def test_tools(bare, config, scenes, tool, tmp_path):
     assert notes['patch'] == 16 and notes['scales'] == [16, 32] and notes['threshold'] == 0.5
 
     images = tmp_path / 'images'
-    images.mkdir()
-    for path in (scenes / 'images/val').iterdir():
-        (images / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(scenes / 'images/val', images)
     (images / 'x.png').write_bytes(b'no picture')
 
     def run(*args):
@@ -304,8 +295,8 @@ def test_tools(bare, config, scenes, tool, tmp_path):
     assert '0000.png: 10 tokens; ' in out
     code, _, err = run(file, images, '--tokens', 20)
     assert code == 1 and err.strip() == '--tokens: the file has an input of threshold in its place'
-    code, _, err = run(bare[1], images)
-    assert code == 1 and err.startswith(f'MODEL.onnx: wanted an ONNX file, got {bare[1]}: ')
+    code, _, err = run(toy[1], images)
+    assert code == 1 and err.startswith(f'MODEL.onnx: wanted an ONNX file, got {toy[1]}: ')
     code, _, err = run(images / 'nothing.onnx', images)
     assert code == 1 and 'which is not there' in err
 
@@ -337,7 +328,7 @@ def test_files_are_read_as_the_config_says(steps, config, scenes):
     dict(type='ResizeShortestEdge', scale=40, max_size=200), dict(type='Pad', size=(128, 128)), dict(type='CLAHE'),
     dict(type='Resize', scale=(200, 100), backend='pillow'), dict(type='LoadImageFromFile', color_type='unchanged'),
 ])  # fmt: skip
-def test_what_a_file_cannot_tell_of_is_refused(step, config, scenes):
+def test_what_a_file_cannot_tell_of_is_refused(step, config):
     config.test_dataloader.dataset.pipeline.insert(1, step)
     model = MODELS.build(config.model)
     with pytest.raises(InputError, match=f'wanted a test pipeline of .* got {step["type"]}'):
@@ -352,20 +343,20 @@ def test_what_a_file_cannot_tell_of_is_refused(step, config, scenes):
         metadata(MODELS.build(config.model), config)
 
 
-def test_errors_of_the_export_tool(bare, tool, tmp_path):
-    end = tool('export_onnx.py', *bare, tmp_path / 'no/model.onnx')
+def test_errors_of_the_export_tool(toy, tool, tmp_path):
+    end = tool('export_onnx.py', *toy, tmp_path / 'no/model.onnx')
     assert end == f'OUT.onnx: wanted a file in a folder, got {tmp_path}/no/model.onnx, whose folder is not there'
-    config = Config.fromfile(bare[0])
+    config = Config.fromfile(toy[0])
     config.model.test_cfg = dict(mode='slide', crop_size=(64, 64), stride=(32, 32))
     config.dump(str(tmp_path / 'slide.py'))
-    end = tool('export_onnx.py', tmp_path / 'slide.py', bare[1], tmp_path / 'model.onnx')
+    end = tool('export_onnx.py', tmp_path / 'slide.py', toy[1], tmp_path / 'model.onnx')
     assert "got test_cfg of mode 'slide'" in end and not Path(tmp_path / 'model.onnx').exists()
     config.model.test_cfg = dict(mode='whole')
     config.model.backbone.token_budget = 20
     config.dump(str(tmp_path / 'budget.py'))
-    end = tool('export_onnx.py', tmp_path / 'budget.py', bare[1], tmp_path / 'model.onnx')
+    end = tool('export_onnx.py', tmp_path / 'budget.py', toy[1], tmp_path / 'model.onnx')
     assert end.startswith('--budget: wanted it, since the config has a token_budget')
     config.model.backbone = dict(type='ResNetV1c', depth=18)
     config.dump(str(tmp_path / 'resnet.py'))
-    end = tool('export_onnx.py', tmp_path / 'resnet.py', bare[1], tmp_path / 'model.onnx')
+    end = tool('export_onnx.py', tmp_path / 'resnet.py', toy[1], tmp_path / 'model.onnx')
     assert end.startswith('CONFIG: wanted a backbone of type MSViT, got ResNetV1c in ')

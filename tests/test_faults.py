@@ -3,9 +3,7 @@
 import os
 import re
 import shutil
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from http.server import SimpleHTTPRequestHandler
 from urllib.error import HTTPError
 
 import cv2
@@ -161,17 +159,7 @@ class Unreliable(SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    """A folder and its address; files are kept in a cache of the test's own."""
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
-    (tmp_path / 'site').mkdir()
-    with ThreadingHTTPServer(('127.0.0.1', 0), partial(Unreliable, directory=str(tmp_path / 'site'))) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        yield tmp_path / 'site', f'http://127.0.0.1:{server.server_port}'
-        server.shutdown()
-
-
+@pytest.mark.parametrize('site', [Unreliable], indirect=True)
 def test_addresses_that_move_end_early_or_serve_something_else(site, tmp_path):
     folder, address = site
     torch.save({'a': torch.arange(9999.0)}, folder / 'a.pth')

@@ -1,8 +1,6 @@
 """A dense segmentor, trained for seconds on toy scenes, gets a gate."""
 
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import cv2
@@ -59,17 +57,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def fit(folder, monkeypatch):
+def fit(folder, tool):
     """Call with options of the tool: runs it, and gives what it ends with, None if all is well."""
 
     def call(*options, config='dense.py', checkpoint='work/iter_100.pth'):
-        command = ['fit_gate.py', folder / config, folder / checkpoint, '--device', 'cpu', *options]
-        monkeypatch.setattr(sys, 'argv', [str(part) for part in command])
-        try:
-            runpy.run_path(str(ROOT / 'tools/fit_gate.py'), run_name='__main__')
-        except SystemExit as end:
-            return end.code
-        return None
+        return tool('fit_gate.py', folder / config, folder / checkpoint, '--device', 'cpu', *options)
 
     return call
 
@@ -261,7 +253,7 @@ def test_what_cannot_be_fitted_is_said_in_one_line_and_leaves_nothing(folder, fi
 
 
 @pytest.mark.parametrize('scales', [(16, 32), (16, 32, 64)])
-def test_train_py_begins_as_the_dense_config_does_with_the_fitted_gate(scales, folder, fit, tmp_path):
+def test_train_py_begins_as_the_dense_config_does_with_the_fitted_gate(scales, fit, tmp_path):
     assert fit('--out', tmp_path, '--steps', 2, '--limit', 3, '--scales', *scales) is None
     config = Config.fromfile(tmp_path / 'train.py')
     assert config.load_from is None
@@ -279,7 +271,7 @@ def test_train_py_begins_as_the_dense_config_does_with_the_fitted_gate(scales, f
 
 
 @pytest.mark.parametrize('name', ['config.py', 'checkpoint.pth', 'train.py', 'picture.png'])
-def test_files_of_others_are_not_replaced(name, folder, fit, tmp_path):
+def test_files_of_others_are_not_replaced(name, fit, tmp_path):
     (tmp_path / name).write_text('mine')
     end = fit('--out', tmp_path, '--steps', 2, '--limit', 2)
     assert end.startswith(
@@ -295,7 +287,7 @@ def test_a_dense_checkpoint_that_lies_among_converted_ones_is_not_replaced(folde
     assert 'where checkpoint.pth would be replaced' in end
 
 
-def test_an_unfinished_checkpoint_does_not_replace_one(folder, fit, tmp_path, monkeypatch):
+def test_an_unfinished_checkpoint_does_not_replace_one(fit, tmp_path, monkeypatch):
     before = '# dense.py with a gate that was fitted to it.'
     for name in ('checkpoint.pth', 'config.py'):
         (tmp_path / name).write_text(before)

@@ -1,11 +1,13 @@
 import pytest
 import torch
-from conftest import build_msvit, force_logits, use_plain_attention
+from conftest import ROOT, build_msvit, force_logits, use_plain_attention
+from mmengine.config import Config
 from mmseg.models.backbones import VisionTransformer
+from mmseg.registry import MODELS
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmseg_msvit.flops import dense_macs, encoder_macs, operator_macs, pass_costs, share_cost
+from mmseg_msvit.flops import HeadMacs, dense_macs, encoder_macs, operator_macs, pass_costs, share_cost
 from mmseg_msvit.inspection import record_tokens
 from mmseg_msvit.tokens import region_grid
 
@@ -50,13 +52,39 @@ def test_the_papers_numbers(width, heads, tokens, gmacs):
     assert (encoder_macs(vit, tokens) + embedding) / 1e9 == pytest.approx(gmacs, rel=0.01)
 
 
-def test_dense_macs_are_those_of_the_operators():
-    vit = VisionTransformer(img_size=64, embed_dims=32, num_layers=2, num_heads=2)
-    for module in vit.modules():  # train mode keeps torch's attention on the path that the counter sees
+def seen_by_the_counter(model):
+    """Train mode keeps torch's attention on the path that the counter sees."""
+    for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
             module.train()
+    return model
+
+
+def test_dense_macs_are_those_of_the_operators():
+    vit = seen_by_the_counter(VisionTransformer(img_size=64, embed_dims=32, num_layers=2, num_heads=2))
     macs = dense_macs(vit, (4, 4))
     assert sum(macs.values()) == pytest.approx(counted(lambda: vit(torch.randn(1, 3, 64, 64))), rel=1e-3)
+
+
+HEADS = [
+    'configs/msvit/segmenter_msvit-s_mask_8xb1-160k_ade20k-512x512.py',
+    'configs/msvit/segmenter_msvit-s_fcn_8xb1-160k_ade20k-512x512.py',
+    'configs/msvit/upernet_msvit-deit-s16_8xb2-160k_ade20k-512x512.py',
+    'configs/msvit/upernet_msvit-b16_mln_8xb2-160k_ade20k-512x512.py',
+]
+
+
+@pytest.mark.parametrize('name', HEADS)
+def test_macs_of_neck_and_head_are_those_of_the_operators(name):
+    config = Config.fromfile(ROOT / name)
+    config.model.pretrained = None
+    model = seen_by_the_counter(MODELS.build(config.model).eval())
+    macs = HeadMacs(model)((4, 6))
+    features = [torch.randn(1, model.backbone.embed_dims, 4, 6)] * len(model.backbone.out_indices)
+    wanted = counted(lambda: model.decode_head(model.neck(features) if model.with_neck else features))
+    assert sum(macs.values()) == pytest.approx(wanted, rel=1e-3) and macs['head'] > 0
+    assert (macs['neck'] > 0) == model.with_neck
+    assert model.decode_head.training is False and next(model.parameters()).device.type == 'cpu'
 
 
 @pytest.mark.parametrize('frozen', [False, True])

@@ -5,7 +5,7 @@ import doctest
 import pytest
 import timm
 import torch
-from conftest import build_msvit, randomize
+from conftest import build_msvit, check_features, random
 from mmseg.models.backbones import BEiT, VisionTransformer
 from safetensors.torch import load_file
 
@@ -18,22 +18,6 @@ FINE = dict(gate=dict(type='FixedGate'))
 def test_doctest():
     result = doctest.testmod(loading)
     assert result.attempted > 5 and result.failed == 0
-
-
-def random(source):
-    randomize(source)
-    source.eval()  # mmseg's returns nothing
-    return source
-
-
-def check(backbone, wanted, *size):
-    images = torch.randn(2, 3, *size)
-    with torch.no_grad():
-        expected = wanted(images)  # (B, h * w, C), or (B, C, h, w)
-        features = backbone(images)[-1]
-    if expected.ndim == 3:
-        expected = expected[:, -features[0, 0].numel() :].mT.view_as(features)
-    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('name, options, told', [
@@ -50,7 +34,7 @@ def test_timm(name, options, told):
     backbone = load_backbone(source.state_dict(), **FINE)
     found = {**vars(backbone), 'num_heads': backbone.layers[0].attn.num_heads}
     assert {key: found[key] for key in told} == told and len(backbone.layers) == 2
-    check(backbone, source.forward_features, *(options['img_size'],) * 2)
+    check_features(backbone, source.forward_features, (options['img_size'],) * 2)
 
 
 def test_transformers_dinov3():
@@ -60,21 +44,18 @@ def test_transformers_dinov3():
     source = random(library.DINOv3ViTModel(library.DINOv3ViTConfig(num_register_tokens=4, **shape)))
     backbone = load_backbone(source.state_dict(), **FINE)
     assert backbone.layers[0].ln1.eps == 1e-5 and backbone.register_tokens.shape[1] == 4
-    check(backbone, lambda images: source(images).last_hidden_state, 48, 80)
+    check_features(backbone, lambda images: source(images).last_hidden_state, (48, 80))
 
 
 def test_the_real_dinov2(shared):
     path = shared('weights/dinov2_vits14_hf_fp16.safetensors')
     library = pytest.importorskip('transformers')
-    shape = dict(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14)
-    source = library.Dinov2Model(library.Dinov2Config(**shape))
-    names = {n: n.replace('attention.output.dense', 'attention.o_proj') for n in load_file(path)}
-    for old in ('query', 'key', 'value'):
-        names = {n: new.replace(f'attention.attention.{old}', f'attention.{old[0]}_proj') for n, new in names.items()}
-    source.load_state_dict({names[n]: tensor for n, tensor in load_file(path).items()}, strict=False)
+    config = library.Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14)
+    how = dict(config=config, state_dict=load_file(path), dtype=torch.float32)
+    source = library.Dinov2Model.from_pretrained(None, **how)
     backbone = load_backbone(path, **FINE)
     assert backbone.pos_grid == (37, 37) and backbone.layers[0].gamma_1 is not None
-    check(backbone, lambda images: source.eval()(images).last_hidden_state, 98, 154)
+    check_features(backbone, lambda images: source(images).last_hidden_state, (98, 154))
 
 
 @pytest.mark.parametrize('kind', [VisionTransformer, BEiT])
@@ -87,7 +68,7 @@ def test_mmseg(kind, tmp_path):
     heads = dict(num_heads=4) if kind is VisionTransformer else {}  # a table of relative positions tells them
     backbone = load_backbone(tmp_path / 'a.pth', **heads, **FINE)
     assert isinstance(backbone, kind)
-    check(backbone, lambda images: source(images)[-1], 64, 64)
+    check_features(backbone, lambda images: source(images)[-1])
 
 
 @pytest.mark.parametrize('gate', ['MLPGate', 'ContextGate'])

@@ -14,6 +14,12 @@ from mmengine.hooks import Hook
 from mmseg.apis import MMSegInferencer, inference_model, init_model
 
 
+@pytest.fixture
+def checkpoint(config):
+    build_runner(config, **{'train_cfg.max_iters': 2}).train()
+    return f'{config.work_dir}/iter_2.pth'
+
+
 def scalars(config):
     (file,) = (p for p in sorted((ROOT / config.work_dir).glob('*/vis_data/scalars.json')))
     return [json.loads(line) for line in file.read_text().splitlines()]
@@ -181,7 +187,7 @@ def test_missing_data_folder(config):
 
 
 @pytest.mark.slow
-def test_mim_from_another_folder_killed_and_resumed(config, scenes, tmp_path):
+def test_mim_from_another_folder_killed_and_resumed(scenes, tmp_path):
     options = [f'{k}={str(v).replace(" ", "")}' for k, v in TOY_OPTIONS.items()]
     mim = [sys.executable, '-m', 'mim']
     common = ['--work-dir', tmp_path / 'work', '--cfg-options', *options]

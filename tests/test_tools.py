@@ -1,23 +1,20 @@
-"""The tools, from their command lines, on a small trained model."""
+"""The tools, from their command lines, on a small model."""
 
 import json
 import re
 import shutil
 import subprocess
-from copy import deepcopy
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TOY, build_msvit, build_runner
+from conftest import ROOT, TOY, build_msvit, build_runner, write_model
 from mmcv.transforms import BaseTransform
 from mmengine.config import Config
 from mmseg.registry import MODELS
 from PIL import Image
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from mmseg_msvit.flops import HeadMacs
 from mmseg_msvit.inspection import deciding_by
@@ -40,34 +37,6 @@ def test_no_part_of_a_model_knows_what_the_tools_are_made_of():
 
 
 @pytest.fixture
-def trained(config, checkpoint):
-    """CONFIG and CHECKPOINT for a command line."""
-    config.dump(f'{config.work_dir}/config.py')
-    return f'{config.work_dir}/config.py', checkpoint
-
-
-@pytest.fixture
-def dense(config, tmp_path):
-    """The same for the dense twin, not trained."""
-    twin = deepcopy(config)
-    backbone = twin.model.backbone
-    for name in ('train_tokens', 'coarse_embed', 'gate_loss'):
-        backbone.pop(name)
-    backbone.type = 'VisionTransformer'
-    twin.dump(str(tmp_path / 'dense.py'))
-    torch.save(dict(state_dict=MODELS.build(twin.model).state_dict(), meta={}), tmp_path / 'dense.pth')
-    return str(tmp_path / 'dense.py'), str(tmp_path / 'dense.pth')
-
-
-@pytest.fixture
-def bare(config, tmp_path):
-    """CONFIG and bare weights, first values without anything beside them."""
-    torch.save(MODELS.build(config.model).state_dict(), tmp_path / 'bare.pth')
-    config.dump(str(tmp_path / 'config.py'))
-    return str(tmp_path / 'config.py'), str(tmp_path / 'bare.pth')
-
-
-@pytest.fixture
 def printed(tool, capsys):
     """Call with a tool's name and arguments: runs it in this process, and gives what it printed."""
 
@@ -78,48 +47,17 @@ def printed(tool, capsys):
     return call
 
 
-def counted(function):
-    """MACs of a call, operator by operator."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        function()
-    return counter.get_total_flops() / 2
-
-
-HEADS = [
-    'configs/msvit/segmenter_msvit-s_mask_8xb1-160k_ade20k-512x512.py',
-    'configs/msvit/segmenter_msvit-s_fcn_8xb1-160k_ade20k-512x512.py',
-    'configs/msvit/upernet_msvit-deit-s16_8xb2-160k_ade20k-512x512.py',
-    'configs/msvit/upernet_msvit-b16_mln_8xb2-160k_ade20k-512x512.py',
-]
-
-
-@pytest.mark.parametrize('name', HEADS)
-def test_macs_of_neck_and_head_are_those_of_the_operators(name):
-    config = Config.fromfile(ROOT / name)
-    config.model.pretrained = None
-    model = MODELS.build(config.model).eval()
-    for module in model.modules():  # train mode keeps torch's attention on the path that the counter sees
-        if isinstance(module, nn.MultiheadAttention):
-            module.train()
-    macs = HeadMacs(model)((4, 6))
-    features = [torch.randn(1, model.backbone.embed_dims, 4, 6)] * len(model.backbone.out_indices)
-    wanted = counted(lambda: model.decode_head(model.neck(features) if model.with_neck else features))
-    assert sum(macs.values()) == pytest.approx(wanted, rel=1e-3) and macs['head'] > 0
-    assert (macs['neck'] > 0) == model.with_neck
-    assert model.decode_head.training is False and next(model.parameters()).device.type == 'cpu'
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('slide', [False, True])
-def test_get_flops_counts_what_the_test_run_counts(config, checkpoint, printed, tmp_path, slide):
+def test_get_flops_counts_what_the_test_run_counts(config, toy, printed, tmp_path, slide):
     config.test_evaluator = [dict(type='IoUMetric', iou_metrics=['mIoU']), dict(type='TokenMetric')]
     if slide:
         config.model.test_cfg = dict(mode='slide', crop_size=(64, 64), stride=(32, 32))
-    config.dump(f'{config.work_dir}/config.py')
-    config.load_from = checkpoint
+    config.dump(toy[0])
+    config.load_from = toy[1]
     metrics = build_runner(config.copy()).test()
     assert 0 <= metrics['mIoU'] <= 100
-    out = printed('get_flops.py', f'{config.work_dir}/config.py', checkpoint, '--json', tmp_path / 'f.json')
+    out = printed('get_flops.py', *toy, '--json', tmp_path / 'f.json')
     flops = json.loads((tmp_path / 'f.json').read_text())
     assert flops['images'] == 3 and 'head GMACs' in out
     for what in ('mean', 'p5', 'p50', 'p95'):
@@ -133,20 +71,20 @@ def test_get_flops_counts_what_the_test_run_counts(config, checkpoint, printed, 
 
 
 @pytest.mark.slow
-def test_get_flops_of_a_dense_vit_and_of_a_shape(trained, dense, printed, tmp_path):
+def test_get_flops_of_a_dense_vit_and_of_a_shape(toy, dense, printed, tmp_path):
     printed('get_flops.py', *dense, '--json', tmp_path / 'dense.json')
     flops = json.loads((tmp_path / 'dense.json').read_text())
     assert flops['tokens']['mean'] == 37 and flops['gate']['mean'] == 0
     assert flops['total']['of_dense'] == pytest.approx(1)
-    printed('get_flops.py', trained[0], '--shape', 96, 96, '--json', tmp_path / 'shape.json')
+    printed('get_flops.py', toy[0], '--shape', 96, 96, '--json', tmp_path / 'shape.json')
     shares = json.loads((tmp_path / 'shape.json').read_text())
     assert [shares[f'{share} coarse']['tokens'] for share in ('0%', '100%')] == [37, 10]
     assert shares['0% coarse']['encoder'] / 1e9 == pytest.approx(flops['encoder']['mean'])
 
 
 @pytest.mark.slow
-def test_analyze_gate_writes_a_page_that_a_browser_shows(trained, printed, tmp_path):
-    out = printed('analyze_gate.py', *trained, '--out', tmp_path / 'gate.json', '--html', tmp_path / 'gate.html')
+def test_analyze_gate_writes_a_page_that_a_browser_shows(toy, printed, tmp_path):
+    out = printed('analyze_gate.py', *toy, '--out', tmp_path / 'gate.json', '--html', tmp_path / 'gate.html')
     numbers = json.loads((tmp_path / 'gate.json').read_text())
     assert numbers['images'] == 3 and numbers['dense_tokens'] == 36 and 9 <= numbers['tokens'] <= 36
     assert 'conditionality' in out
@@ -184,25 +122,20 @@ def test_three_scales_in_every_tool(config, scenes, tool, tmp_path):
     config.model.backbone.scales = (16, 32, 64)
     config.model.backbone.gate = dict(type='RandomGate', coarse_ratio=0.4)
     config.model.backbone.pop('gate_loss')
-    runner = build_runner(config, **{'train_cfg.max_iters': 2})
-    runner.train()
-    path, checkpoint = f'{config.work_dir}/config.py', f'{config.work_dir}/iter_2.pth'
-    config.dump(path)
-    assert (
-        tool('analyze_gate.py', path, checkpoint, '--out', tmp_path / 'a.json', '--html', tmp_path / 'a.html') is None
-    )
+    path, weights = write_model(config, tmp_path)
+    assert tool('analyze_gate.py', path, weights, '--out', tmp_path / 'a.json', '--html', tmp_path / 'a.html') is None
     numbers = json.loads((tmp_path / 'a.json').read_text())
     assert sum(numbers['scales'].values()) == pytest.approx(1) and all(n > 0 for n in numbers['scales'].values())
     assert 1 - numbers['scales']['16'] == pytest.approx(numbers['coarse'])
     assert '64 px' in (tmp_path / 'a.html').read_text()
-    assert tool('show_tokens.py', path, checkpoint, scenes / 'images/val', '--out', tmp_path) is None
+    assert tool('show_tokens.py', path, weights, scenes / 'images/val', '--out', tmp_path) is None
     assert cv2.imread(str(tmp_path / '0000.png')).shape[1] == 5 * 480  # two panels of probability, no truth
     assert tool('get_flops.py', path, '--shape', 96, 96, '--json', tmp_path / 'f.json') is None
     shares = json.loads((tmp_path / 'f.json').read_text())
     # 36 cells in 9 regions in 4 of 64 px: all fine, and all coarsest
     assert shares['0% coarse']['tokens'] == 37 and shares['100% coarse']['tokens'] == 5
     out = ['--out', tmp_path / 'curve', '--thresholds', 0, 1, '--device', 'cpu']
-    assert tool('tradeoff.py', f'ours={path},{checkpoint}', *out) is None
+    assert tool('tradeoff.py', f'ours={path},{weights}', *out) is None
     low, high = json.loads((tmp_path / 'curve/tradeoff.json').read_text())['curves']['ours']
     assert low['tokens'] == 5 and high['tokens'] == 37
     line = ['benchmark.py', path, '--size', 96, '--repeat', 1, '--gate', 'coarse', '--device', 'cpu']
@@ -212,25 +145,25 @@ def test_three_scales_in_every_tool(config, scenes, tool, tmp_path):
 
 
 @pytest.mark.slow
-def test_show_tokens(trained, scenes, printed, tmp_path):
+def test_show_tokens(toy, scenes, printed, tmp_path):
     truth = scenes / 'annotations/val'
-    printed('show_tokens.py', *trained, scenes / 'images/val', '--truth', truth, '--out', tmp_path / 'pictures')
+    printed('show_tokens.py', *toy, scenes / 'images/val', '--truth', truth, '--out', tmp_path / 'pictures')
     pictures = sorted((tmp_path / 'pictures').glob('*.png'))
     assert [path.name for path in pictures] == ['0000.png', '0001.png', '0002.png']
     height, width = cv2.imread(str(pictures[0])).shape[:2]
     assert width == 5 * 480 and height > 300  # five panels
 
 
-def test_show_tokens_does_not_draw_over_what_it_reads(bare, scenes, tool, tmp_path):
+def test_show_tokens_does_not_draw_over_what_it_reads(toy, scenes, tool, tmp_path):
     images = tmp_path / 'images'
     shutil.copytree(scenes / 'images/val', images)
     before = [path.read_bytes() for path in sorted(images.iterdir())]
-    end = tool('show_tokens.py', *bare, images, '--out', images)
+    end = tool('show_tokens.py', *toy, images, '--out', images)
     assert end.startswith('--out: wanted a folder without these images and truths, got')
     assert [path.read_bytes() for path in sorted(images.iterdir())] == before
 
 
-def test_show_tokens_keeps_namesakes_apart_and_goes_on_after_a_corrupt_image(bare, scenes, tool, tmp_path):
+def test_show_tokens_keeps_namesakes_apart_and_goes_on_after_a_corrupt_image(toy, scenes, tool, tmp_path):
     folder = tmp_path / 'images'
     folder.mkdir()
     image = cv2.imread(str(scenes / 'images/val/0000.png'))
@@ -239,7 +172,7 @@ def test_show_tokens_keeps_namesakes_apart_and_goes_on_after_a_corrupt_image(bar
     (folder / 'b.png').write_bytes((folder / 'a.png').read_bytes()[:40])
     (folder / 'c.png').write_bytes(b'')
     shutil.copy(folder / 'a.png', folder / 'd.png')
-    end = tool('show_tokens.py', *bare, folder, '--out', tmp_path / 'out')
+    end = tool('show_tokens.py', *toy, folder, '--out', tmp_path / 'out')
     assert [line.split(', which')[0] for line in end.splitlines()] == [
         f'image: wanted a picture, got {folder / name}' for name in ('b.png', 'c.png')
     ]
@@ -265,7 +198,7 @@ def test_truth_is_read_as_the_test_set_reads_it(config, tmp_path, reduce_zero_la
     assert reader.palette[0] == [120, 170, 230]
 
 
-def test_what_the_evaluator_leaves_out_is_left_out_everywhere(trained, config, scenes, tool, tmp_path):
+def test_what_the_evaluator_leaves_out_is_left_out_everywhere(toy, config, scenes, tool, tmp_path):
     """Void as 2 and as 255: the same numbers."""
     numbers = []
     for void in (2, 255):
@@ -279,8 +212,8 @@ def test_what_the_evaluator_leaves_out_is_left_out_everywhere(trained, config, s
         config.dump(str(tmp_path / 'void.py'))
         image = folder / 'images/val/0000.png'
         _, labels = FileReader(config).read(image, folder / 'annotations/val/0000.png')
-        assert tool('analyze_gate.py', tmp_path / 'void.py', trained[1], '--out', tmp_path / 'gate.json') is None
-        ours = f'ours={tmp_path}/void.py,{trained[1]}'
+        assert tool('analyze_gate.py', tmp_path / 'void.py', toy[1], '--out', tmp_path / 'gate.json') is None
+        ours = f'ours={tmp_path}/void.py,{toy[1]}'
         assert tool('tradeoff.py', ours, '--thresholds', 0.5, '--device', 'cpu', '--out', tmp_path / str(void)) is None
         (point,) = json.loads((tmp_path / f'{void}/tradeoff.json').read_text())['points']
         numbers.append((labels.tolist(), json.loads((tmp_path / 'gate.json').read_text()), point['miou']))
@@ -337,43 +270,43 @@ def commands(config, checkpoint, image):
     ]
 
 
-def test_tools_say_in_one_line_what_is_wrong_with_config_and_checkpoint(bare, scenes, tool, tmp_path, monkeypatch):
+def test_tools_say_in_one_line_what_is_wrong_with_config_and_checkpoint(toy, scenes, tool, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     image, other = scenes / 'images/val/0000.png', str(tmp_path / 'other.py')
-    for command in commands(other, bare[1], image):
+    for command in commands(other, toy[1], image):
         assert tool(*command) == f'CONFIG: wanted a file, got {other}, which is not there'
-    for command in commands(bare[0], 'no.pth', image):
+    for command in commands(toy[0], 'no.pth', image):
         assert tool(*command) == 'CHECKPOINT: wanted a file, got no.pth, which is not there'
-    (tmp_path / 'cut.pth').write_bytes(Path(bare[1]).read_bytes()[:3000])
-    for command in commands(bare[0], 'cut.pth', image):
+    (tmp_path / 'cut.pth').write_bytes(Path(toy[1]).read_bytes()[:3000])
+    for command in commands(toy[0], 'cut.pth', image):
         end = tool(*command)
         assert re.fullmatch(r'CHECKPOINT: wanted weights of .*config.py, got cut.pth, which cannot be read: .+', end)
 
-    config = Config.fromfile(bare[0])
+    config = Config.fromfile(toy[0])
     config.pop('test_dataloader')
     config.dump(other)
-    for command in commands(other, bare[1], image):
+    for command in commands(other, toy[1], image):
         assert tool(*command) == f'CONFIG: wanted one with a test_dataloader, got {other} without'
-    config = Config.fromfile(bare[0])
+    config = Config.fromfile(toy[0])
     config.model.backbone = dict(type='ResNetV1c', depth=18)
     config.dump(other)
-    for command in [*commands(other, bare[1], image), ('benchmark.py', other)]:
+    for command in [*commands(other, toy[1], image), ('benchmark.py', other)]:
         wanted = 'VisionTransformer or BEiT' if command[0] in ('get_flops.py', 'tradeoff.py') else 'MSViT'
         assert tool(*command) == f'CONFIG: wanted a backbone of type {wanted}, got ResNetV1c in {other}'
     (tmp_path / 'other.py').write_text('a = 1')
     assert tool('get_flops.py', other) == f'CONFIG: wanted a segmentor, got {other} without a model that has a backbone'
 
 
-def test_a_test_set_without_files_or_truth_is_named(bare, tool, tmp_path):
-    config = Config.fromfile(bare[0])
+def test_a_test_set_without_files_or_truth_is_named(toy, tool):
+    config = Config.fromfile(toy[0])
     config.test_dataloader.dataset.pipeline = [dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]
-    config.dump(bare[0])
-    end = tool('analyze_gate.py', *bare)
+    config.dump(toy[0])
+    end = tool('analyze_gate.py', *toy)
     assert end == 'test set: wanted truth for each image, got a pipeline that loads none'
     config.test_dataloader.dataset.data_root = 'no/such/folder'
-    config.dump(bare[0])
-    end = tool('get_flops.py', *bare)
-    assert end.startswith(f'CONFIG: the test set of {bare[0]} is not there') and 'no/such/folder/images/val' in end
+    config.dump(toy[0])
+    end = tool('get_flops.py', *toy)
+    assert end.startswith(f'CONFIG: the test set of {toy[0]} is not there') and 'no/such/folder/images/val' in end
 
 
 @pytest.mark.parametrize('command', [
@@ -398,8 +331,8 @@ def test_benchmark_names_a_gate_and_an_image_that_it_cannot_use(tool, tmp_path):
 
 
 @pytest.mark.slow
-def test_tradeoff(config, trained, dense, printed, tmp_path):
-    ours, twin = ','.join(trained), ','.join(dense)
+def test_tradeoff(config, toy, dense, printed, tmp_path):
+    ours, twin = ','.join(toy), ','.join(dense)
     models = (f'MSViT={ours}', f'MSViT={ours}', f'dense={twin}')
     thresholds = ('--thresholds', 0, 0.5, 1)
     out = printed('tradeoff.py', *models, '--device', 'cpu', *thresholds, '--out', tmp_path / 'out')
@@ -415,7 +348,7 @@ def test_tradeoff(config, trained, dense, printed, tmp_path):
     assert cv2.imread(str(tmp_path / 'out/tradeoff.png')).shape[:2] == (480, 1200)
     assert 'time ratio' in out
 
-    config.load_from = trained[1]  # whose gate has the threshold 0.5
+    config.load_from = toy[1]  # whose gate has the threshold 0.5
     middle = next(p for p in result['points'] if p['threshold'] == 0.5)
     assert middle['miou'] == pytest.approx(build_runner(config).test()['mIoU'], abs=0.01)
 
@@ -492,9 +425,8 @@ def test_benchmark_of_a_compiled_backbone(tool, config, tmp_path, monkeypatch):
     assert rows['compiled']['tokens'] == rows['MSViT']['tokens'] and rows['compiled']['seconds'] > 0
 
 
-def test_the_way_of_an_image_is_drawn(config, checkpoint, scenes, tool, tmp_path):
-    config.dump(str(tmp_path / 'config.py'))
+def test_the_way_of_an_image_is_drawn(toy, scenes, tool, tmp_path):
     image = scenes / 'images/val/0000.png'
-    assert tool('draw_mechanism.py', tmp_path / 'config.py', checkpoint, image, tmp_path / 'way.png') is None
+    assert tool('draw_mechanism.py', *toy, image, tmp_path / 'way.png') is None
     height, width, _ = cv2.imread(str(tmp_path / 'way.png')).shape
     assert width == 1200 and height > 500
