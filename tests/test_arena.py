@@ -6,8 +6,9 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, build_runner
 from mmengine.optim import build_optim_wrapper
+from mmengine.runner import IterBasedTrainLoop
 from mmseg.registry import MODELS
 
 from mmseg_msvit.tooling.arena import as_logits, play, score_doubt, score_random, told
@@ -122,6 +123,24 @@ def test_variants_are_trained_and_tested_once(dense, tool, tmp_path, capsys):
     assert 'results of checkpoint ' in tool(line[0], dense[0], rewritten(dense[1], tmp_path), *line[3:], names[0])
     assert 'results of budget 0.5, got ' in tool(*line[:-1], '--budget', 0.5, '--variants', names[0])
     assert 'a folder for each checkpoint' in tool(*line[:3], '--converted', converted, converted, '--out', out)
+
+
+@pytest.mark.slow
+def test_a_variant_is_trained_to_its_end_whatever_it_is_loaded_from(config, monkeypatch, tmp_path):
+    build_runner(config, **{'train_cfg.max_iters': 3}).train()
+    config.load_from, steps = f'{config.work_dir}/iter_3.pth', []
+    run_iter = IterBasedTrainLoop.run_iter
+    monkeypatch.setattr(IterBasedTrainLoop, 'run_iter', lambda self, x: steps.append(self.iter) or run_iter(self, x))
+    train = runpy.run_path(str(ROOT / 'tools/variants.py'))['train']
+    config.train_cfg.max_iters = 4
+    for folder, wanted in (('new', [0, 1, 2, 3]), ('stopped', [2, 3])):
+        (tmp_path / folder).mkdir()
+        if folder == 'stopped':
+            (tmp_path / folder / 'last_checkpoint').write_text(f'{config.work_dir}/iter_2.pth')
+        config.merge_from_dict({'experiment_name': f'variant-{folder}', 'visualizer.name': f'variant-{folder}'})
+        assert train(config, 0, tmp_path / folder) == str(tmp_path / folder / 'iter_4.pth')
+        assert steps == wanted
+        steps.clear()
 
 
 @pytest.mark.parametrize('constructor', [None, 'MSViTLayerDecayConstructor'])

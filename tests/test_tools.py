@@ -2,9 +2,11 @@
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -368,7 +370,47 @@ def test_tradeoff_trains_a_seed_and_does_not_train_twice(config, tool, printed, 
     assert f'training {tmp_path}' not in printed(*line) and (folder / 'iter_4.pth').stat().st_mtime_ns == before
     with open(tmp_path / 'config.py', 'a') as file:
         file.write('launcher = None\n')
-    assert 'has changed since it was trained' in tool(*line)
+    assert 'results of config ' in tool(*line)
+
+
+def test_curves_of_unlike_test_sets_are_refused(config, toy, tool, tmp_path):
+    """Of the same number of images."""
+    dataset = config.test_dataloader.dataset
+    dataset.update(data_prefix=dict(img_path='images/train', seg_map_path='annotations/train'), indices=[1, 2, 3])
+    config.dump(str(tmp_path / 'other.py'))
+    runs = [f'{name}={tmp_path}/{name}.py,{toy[1]}' for name in ('config', 'other')]
+    end = tool('tradeoff.py', *runs, '--out', tmp_path / 'out', '--device', 'cpu')
+    assert end.startswith('wanted configs with one test set, got 3 images from 0000.png on in ')
+    assert '3 images from 0001.png on in ' in end
+
+
+def test_a_file_is_not_compared_with_a_budget(config, toy, tool):
+    pytest.importorskip('onnxruntime')
+    config.model.backbone.token_budget = 20
+    config.dump(toy[0])
+    end = tool('compare_onnx.py', *toy, 'model.onnx')
+    assert end == f'CONFIG: wanted token_budget=None, since files are run with a threshold, got 20 in {toy[0]}'
+
+
+def test_tradeoff_resumes_what_is_in_its_folder(config, monkeypatch, tmp_path):
+    """And not what the config is loaded from, which mmengine would prefer."""
+    config.load_from = 'other.pth'
+    config.dump(str(tmp_path / 'config.py'))
+    called = []
+    failed = SimpleNamespace(returncode=1)
+    monkeypatch.setattr('subprocess.run', lambda command, **options: called.append(command) or failed)
+    train = runpy.run_path(str(ROOT / 'tools/tradeoff.py'))['train']
+    for stopped in (False, True):
+        if stopped:
+            (tmp_path / 'seed_0/last_checkpoint').write_text('iter_2.pth')
+        with pytest.raises(InputError, match=r'train\.log says why'):
+            train(str(tmp_path / 'config.py'), 0, tmp_path / 'seed_0')
+        assert ('--resume' in called[-1], 'load_from=None' in called[-1]) == (stopped, stopped)
+    config.optim_wrapper.optimizer.lr = 1.0
+    config.dump(str(tmp_path / 'config.py'))
+    with pytest.raises(InputError, match='results of config '):
+        train(str(tmp_path / 'config.py'), 0, tmp_path / 'seed_0')
+    assert len(called) == 2
 
 
 def test_a_threshold_takes_the_place_of_a_budget():
@@ -400,6 +442,9 @@ def test_benchmark(mode, printed, tmp_path):
     assert rows['dense']['ratio'] == 1 and rows['dense']['tokens'] == 17
     assert rows[ours[0]]['tokens'] < 17 and rows[ours[0]]['gmacs'] < rows['dense']['gmacs']
     assert all(row['seconds'] > 0 and row['memory_mib'] > 0 for row in rows.values())
+    if mode == 'train':  # inactive tokens cost, too
+        costs = [(rows[name]['tokens'], rows[name]['gmacs']) for name in (*ours, 'dense')]
+        assert costs == sorted(costs) and costs[0][1] < costs[1][1]
 
 
 def test_benchmark_counts_a_head_on_the_cells_that_it_sees(tool, config, tmp_path):

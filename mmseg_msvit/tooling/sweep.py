@@ -3,6 +3,7 @@
 import statistics
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -102,12 +103,17 @@ def measure(runs: Sequence[Run], thresholds: Sequence[float], device: str) -> Tu
         heads = HeadMacs(model)
         for threshold in thresholds if isinstance(model.backbone, MixedScale) else [None]:
             variants.append(Variant(run, model, heads, iou_metric(config, datasets[run.config]), threshold))
-    sizes = {config: len(dataset) for config, dataset in datasets.items()}
-    if len(set(sizes.values())) > 1:
-        raise InputError(f'wanted configs with one test set, got sets of {sizes} images')
+    names = {
+        config: [Path(dataset.get_data_info(i)['img_path']).name for i in range(len(dataset))]
+        for config, dataset in datasets.items()
+    }
+    images = next(iter(names.values()))
+    if any(other != images for other in names.values()):
+        got = ', '.join(f'{len(other)} images from {other[0]} on in {config}' for config, other in names.items())
+        raise InputError(f'wanted configs with one test set, got {got}')
 
     MMLogger.get_instance('sweep', log_level='WARNING')  # else IoUMetric prints a table for each variant
-    for i in track(range(-1, next(iter(sizes.values()))), 'images'):
+    for i in track(range(-1, len(images)), 'images'):
         data = {config: dataset[max(i, 0)] for config, dataset in datasets.items()}
         for variant in variants:
             variant.test(data[variant.run.config], counts=i >= 0)  # the first image once more, to warm up
