@@ -148,7 +148,7 @@ def table(contests: dict) -> list:
 
 def markdown(rows: list) -> str:
     """The table for people."""
-    head = '| scales | tokens | encoder MACs | images at | chosen by | mIoU | below dense | of the gap | seeds |'
+    head = '| scales | tokens | encoder MACs | images at | chosen by | mIoU | below dense | of the gap | models |'
     lines = [head, '| --- ' * 9 + '|']
     for row in rows:
         gap = '' if row['gap'] is None or row['chooser'] in ('dense', 'coarse') else f'{row["gap"]:.0%}'
