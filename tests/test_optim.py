@@ -4,15 +4,17 @@ from mmengine.config import ConfigDict
 from mmengine.optim import build_optim_wrapper
 from mmseg.registry import MODELS
 
+DECAYED = dict(type='AdamW', lr=1e-3, weight_decay=0.1)
 
-def groups(backbone=None, named=(('weight_decay', 0.1),), **options):
+
+def groups(backbone=None, optimizer=DECAYED, **options):
     model = MODELS.build(tiny_segmentor(coarse_embed='resize+detail', **(backbone or {})))
     wrapper = build_optim_wrapper(
         model,
         ConfigDict(
             type='OptimWrapper',
             constructor='MSViTLayerDecayConstructor',
-            optimizer=dict(type='AdamW', lr=1e-3, **dict(named)),
+            optimizer=optimizer,
             paramwise_cfg=options,
         ),
     )
@@ -64,7 +66,7 @@ def test_what_is_not_decayed():
 
 
 def test_a_decay_that_is_not_named_is_the_optimizers_own():
-    found = {name: group['weight_decay'] for name, group in groups(named=()).items()}
+    found = {name: group['weight_decay'] for name, group in groups(optimizer=dict(type='AdamW', lr=1e-3)).items()}
     assert found['backbone.layers.0.ffn.layers.1.weight'] == 0.01 and found['backbone.pos_embed'] == 0
 
 

@@ -28,7 +28,7 @@ class Opened(NamedTuple):
 
     pixels: np.ndarray  # (H, W, 3) uint8 RGB
     data: dict  # what the test pipeline made of it
-    prediction: np.ndarray  # (H', W') class ids
+    prediction: np.ndarray  # (H', W') int64 class ids, of which mmseg makes floats where one logit tells two classes
     milliseconds: float
 
 
@@ -98,7 +98,7 @@ class Explorer:
             decisive = deciding_by(self.model, select.threshold, max(1, value * (h * w + select.prefix)))
         with decisive:
             milliseconds, (sample, tokens, decision) = self._timed(opened.data)
-        prediction = sample.pred_sem_seg.data[0].long().cpu().numpy()  # floats, of one logit for two classes
+        prediction = sample.pred_sem_seg.data[0].long().cpu().numpy()
         (cost,) = pass_costs(self.backbone, tokens, self.heads)
         names, palette = self.reader.dataset.metainfo['classes'], self.reader.palette
         pixels = np.bincount(prediction.ravel(), minlength=len(names))
