@@ -9,7 +9,7 @@ from .gate_losses import BatchShapingLoss, GeneralizedBatchShapingLoss, TokenBud
 from .gates import FixedGate, RandomGate, VarianceGate
 from .hooks import GateLossHook, TokenMapHook, ViTWeightsHook
 from .inspection import record_tokens
-from .learned_gates import ContextGate, MLPGate
+from .learned_gates import ContextGate, GlanceGate, MLPGate
 from .loading import load_backbone
 from .metrics import TokenMetric
 from .optim import MSViTLayerDecayConstructor
@@ -25,6 +25,7 @@ __all__ = [
     'FixedGate',
     'GateLossHook',
     'GeneralizedBatchShapingLoss',
+    'GlanceGate',
     'MLPGate',
     'MSBEiT',
     'MSMAE',

@@ -5,7 +5,7 @@ region is coarse is decided from the logit by the backbone's token selector. A b
 gate for each, and asks them from the coarsest down. Here are what all of them share, and those that learn nothing.
 """
 
-from typing import Optional, Tuple, Union
+from typing import Callable, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,9 @@ class Gate(BaseModule):
         init_cfg: mmengine's, of first weights.
     """
 
+    # How many of the ViT's blocks it looks through; one that looks through none sees pixels.
+    blocks = 0
+
     def __init__(
         self,
         in_channels: int = 3,
@@ -52,15 +55,18 @@ class Gate(BaseModule):
         self.threshold = threshold
 
     def check(self, images: Tensor, grid: Tuple[int, int]) -> None:
-        """Refuses images that are not of the region grid.
+        """Refuses what is not of the region grid.
 
         Raises:
             ValueError: the images have other channels or another size than the region grid says.
         """
-        wanted = (self.in_channels, grid[0] * self.region, grid[1] * self.region)
+        if self.blocks:
+            seen, wanted = 'features', (self.embed_dims, *grid)
+        else:
+            seen, wanted = 'images', (self.in_channels, grid[0] * self.region, grid[1] * self.region)
         if tuple(images.shape[1:]) != wanted:
             raise ValueError(
-                f'grid {tuple(grid)} of {self.region}-pixel regions wants images of (C, H, W) = {wanted}, '
+                f'grid {tuple(grid)} of {self.region}-pixel regions wants {seen} of (C, H, W) = {wanted}, '
                 f'got {tuple(images.shape[1:])}'
             )
 
@@ -68,7 +74,8 @@ class Gate(BaseModule):
         """Logits of coarse.
 
         Args:
-            images: (B, C, hc * R, wc * R).
+            images: (B, C, hc * R, wc * R); of a gate that looks through blocks, what they make of these if each region
+                is one token, (B, embed_dims, hc, wc).
             grid: (hc, wc).
             left: (B, hc, wc) bool, the regions that are not part of a coarser token; None for all. What a gate says
                 of others changes nothing.
@@ -79,12 +86,24 @@ class Gate(BaseModule):
         raise NotImplementedError
 
     def macs(self, grid: Tuple[int, int]) -> int:
-        """Multiply-accumulates of one image of (hc, wc) regions."""
+        """Multiply-accumulates of one image of (hc, wc) regions, without those of the blocks that it looks through."""
         raise NotImplementedError
 
 
-def ask(gate: Gate, images: Tensor, grid: Tuple[int, int], left: Optional[Tensor] = None) -> Tensor:
-    """A gate's logits (B, hc, wc); finer regions of padding alone, which the coarsest ones bring, are cut off."""
+def ask(
+    gate: Gate, images: Tensor, glance: Callable, grid: Tuple[int, int], left: Optional[Tensor] = None
+) -> Tensor:
+    """A gate's logits (B, hc, wc).
+
+    Args:
+        gate: who is asked.
+        images: (B, C, H, W); finer regions of padding alone, which the coarsest ones bring, are cut off.
+        glance: takes the gate to what it sees, if that is not these.
+        grid: (hc, wc).
+        left: as for the gate.
+    """
+    if gate.blocks:
+        return gate(glance(gate), grid, left)
     height, width = (regions * gate.region for regions in grid)
     return gate(first(first(images, height, 2), width, 3), grid, left)
 

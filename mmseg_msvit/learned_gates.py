@@ -156,20 +156,31 @@ class ContextGate(LearnedGate):
 
     def build(self) -> None:
         width = max(8, self.embed_dims // 8 * 4)  # half of embed_dims, in multiples of 4
+        self.build_stem(width)
+        self.context = nn.ModuleList(NormConv(width, width, 3, padding=step, dilation=step) for step in (1, 2, 4))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 1)
+
+    def build_stem(self, width: int) -> None:
+        """Makes the layers of :meth:`stem`."""
         self.patch = nn.Conv2d(self.in_channels, width // 4, 4, 4)
         self.down = nn.Sequential(
             NormConv(width // 4, width // 2, 3, stride=2, padding=1),
             NormConv(width // 2, width, 3, stride=2, padding=1),
         )
-        self.context = nn.ModuleList(NormConv(width, width, 3, padding=step, dilation=step) for step in (1, 2, 4))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, 1)
 
     @property
     def last(self) -> nn.Linear:
         return self.head
 
     def logits(self, images: Tensor, grid: Tuple[int, int]) -> Tensor:
+        x = self.stem(images)  # (B, width, hc, wc)
+        for conv in self.context:
+            x = x + conv(x)
+        return self.head(F.gelu(self.norm(x.permute(0, 2, 3, 1))))
+
+    def stem(self, images: Tensor) -> Tensor:
+        """What the gate sees, (B, C, H, W), to (B, width, hc, wc)."""
         side, rest = divmod(self.region, self.PIXELS)
         if rest:
             weights = mean_weights(self.region, self.PIXELS, images)  # (P, R)
@@ -179,15 +190,49 @@ class ContextGate(LearnedGate):
         elif side > 1:
             images = area_mean(images, side)
         x = self.patch(images.contiguous(memory_format=torch.channels_last))  # (B, width / 4, 4 * hc, 4 * wc)
-        x = self.down(x)  # (B, width, hc, wc)
-        for conv in self.context:
-            x = x + conv(x)
-        return self.head(F.gelu(self.norm(x.permute(0, 2, 3, 1))))
+        return self.down(x)
 
     def macs(self, grid: Tuple[int, int]) -> int:
-        places = {self.patch: 16, self.down[0]: 4}  # of a region; of all others one
-        convs = [part for part in self.modules() if isinstance(part, nn.Conv2d)]
-        each = sum(places.get(c, 1) * c.weight.numel() for c in convs) + linear_weights(self)
+        convs = sum(conv.weight.numel() for conv in self.context)
+        return grid[0] * grid[1] * (self.stem_macs() + convs + linear_weights(self))
+
+    def stem_macs(self) -> int:
+        """Of a region, convolutions and what reduces the image."""
+        each = 16 * self.patch.weight.numel() + 4 * self.down[0].weight.numel() + self.down[1].weight.numel()
         if self.region % self.PIXELS:  # reduced by two matrix products
             each += self.in_channels * self.PIXELS * self.region * (self.region + self.PIXELS)
-        return grid[0] * grid[1] * each
+        return each
+
+
+@MODELS.register_module()
+class GlanceGate(ContextGate):
+    """A gate that looks through the ViT's own first blocks: they run over the image with all regions coarse.
+
+    Chosen here. Where :class:`ContextGate` has to learn from few images what an image is made of, these blocks know it
+    from pretraining; on what they say of each region stand the context gate's convolutions. It costs what so many
+    blocks do over a quarter of the tokens. It knows these blocks as they were when it was fitted, and trains nothing of
+    them. In training they see the image with the ViT's own dropout and stochastic depth, if it has any. Takes the
+    arguments of :class:`LearnedGate`, too.
+
+    Args:
+        blocks: how many it looks through.
+
+    Raises:
+        ValueError: it is not positive; or, from the backbone, more than the ViT has.
+    """
+
+    def __init__(self, *args, blocks: int = 3, **kwargs):
+        if blocks < 1:
+            raise ValueError(f'blocks must be positive, got {blocks}')
+        super().__init__(*args, **kwargs)
+        self.blocks = blocks
+
+    def build_stem(self, width: int) -> None:
+        self.glance_norm = nn.LayerNorm(self.embed_dims)
+        self.glance_in = nn.Linear(self.embed_dims, width)
+
+    def stem(self, images: Tensor) -> Tensor:
+        return self.glance_in(self.glance_norm(images.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+    def stem_macs(self) -> int:
+        return 0  # linear layers are counted with all others

@@ -21,7 +21,7 @@ from .reading import read_checkpoint, tensors_below
 from .resampling import grids_of_regions, source_grid
 
 # A tensor of a gate -> its class.
-GATE_OF = {'gate.embed.weight': 'MLPGate', 'gate.patch.weight': 'ContextGate'}
+GATE_OF = {'gate.embed.weight': 'MLPGate', 'gate.patch.weight': 'ContextGate', 'gate.glance_in.weight': 'GlanceGate'}
 # Up to this width, and in DINOv2-g, heads are 64 wide; of wider ViTs each has its own.
 HEAD_DIMS, LARGEST, DINOV2_G = 64, 1024, 1536
 

@@ -25,11 +25,11 @@ from .embedding import (
     shrink,
 )
 from .gated import Gated
-from .gates import ask
+from .gates import Gate, ask
 from .out_detail import ZeroLinear, add_out_detail, smooth_coarse
 from .positions import table_positions
-from .selection import Decision, TokenSelector, candidate_number, raise_not_finite
-from .tokens import PackedTokens, TokenMap, region_grid
+from .selection import Decision, TokenSelector, candidate_number, raise_not_finite, uniform_tokens
+from .tokens import Grid, PackedTokens, TokenMap, region_grid
 from .tracing import traced
 from .weights import TakesWeights
 
@@ -123,6 +123,8 @@ class MixedScale(Gated, TakesWeights):
             self.cls_token.requires_grad_(False)  # it is kept for the state dict's sake only
 
         self.build_gates(gate, gate_loss)
+        if self.gate.blocks > len(self.layers):
+            raise ValueError(f"gate.blocks must be at most the ViT's {len(self.layers)}, got {self.gate.blocks}")
         prefix = int(self.with_cls_token) + num_register_tokens
         self.select = TokenSelector(
             self.sides, train_tokens, self.gate.temperature, self.gate.threshold, prefix, token_budget
@@ -218,8 +220,29 @@ class MixedScale(Gated, TakesWeights):
         scale = 1.0 if self.training else self.input_scale
         dense_grid = None if scale == 1 else region_grid(images.shape[2:], self.patch_size)
         images, grid = pad_to_regions(shrink(images, self.patch_size, scale), self.patch_size, self.sides[-1])
-        tokens, decision = self.select([partial(ask, gate, images) for gate in self.gates], grid, dense_grid)
+        gates = [partial(ask, gate, images, partial(self.glance, images, grid)) for gate in self.gates]
+        tokens, decision = self.select(gates, grid, dense_grid)
         return images, tokens, decision
+
+    @torch.no_grad()
+    def glance(self, images: Tensor, grid: Grid, gate: Gate) -> Tensor:
+        """What a gate's blocks make of images of which each of its regions is one token; nothing of it trains the ViT.
+
+        Args:
+            images: (B, C, H, W), padded to whole regions.
+            grid: (h, w), their cells without padding.
+            gate: one of :attr:`gates`.
+
+        Returns:
+            (B, embed_dims, hc, wc).
+        """
+        level = self.scales.index(gate.region)
+        tokens = uniform_tokens(self.sides, level, self.select.prefix, images.shape[0], grid, images.device)
+        x, places = self.embed(images, tokens), self.places(tokens)  # (N, C)
+        for layer in self.layers[: gate.blocks]:
+            x = layer(x, tokens, places)
+        x = x.unflatten(0, (images.shape[0], -1))[:, tokens.prefix :]  # (B, hc * wc, C)
+        return x.mT.unflatten(2, region_grid(grid, self.sides[level]))
 
     def embed(self, images: Tensor, tokens: TokenMap) -> Tensor:
         """Makes the tokens that are kept, and no others, with their positions: (N, C).
@@ -265,12 +288,10 @@ class MixedScale(Gated, TakesWeights):
 
         Counted are matrix products: linear layers, convolutions, and both products of the attention.
         """
-        gates = sum(g.macs(region_grid(tokens.grid, side)) for g, side in zip(self.gates, self.sides[1:]))
         counts = tokens.active_counts().tolist()
-        embedding = [self.patch_embed.macs(n) for n in counts]
-        for level, detail in enumerate(self.details, 1):
-            each = self.patch_embed.macs(self.sides[level] ** 2) + detail.weight.numel()
-            embedding = [e + each * n for e, n in zip(embedding, tokens.active_counts(level).tolist())]
+        coarse = [tokens.active_counts(level).tolist() for level in range(1, len(self.sides))]
+        embedding = [self._embedding_macs(n, of_levels) for n, of_levels in zip(counts, zip(*coarse))]
+        gates = sum(self._gate_macs(level, tokens.grid) for level in range(1, len(self.sides)))
         if self.out_details:
             each = self.patch_embed.macs(1) + sum(project.weight.numel() for project in self.out_details)
             cells = tokens.grid[0] * tokens.grid[1]
@@ -279,6 +300,22 @@ class MixedScale(Gated, TakesWeights):
             dict(gate=gates, embedding=e, encoder=sum(layer.macs(n) for layer in self.layers))
             for n, e in zip(counts, embedding)
         ]
+
+    def _embedding_macs(self, tokens: int, coarse: Sequence[int]) -> int:
+        """Of so many tokens, so many of each coarse level among them."""
+        details = [self.patch_embed.macs(side**2) + d.weight.numel() for side, d in zip(self.sides[1:], self.details)]
+        return self.patch_embed.macs(tokens) + sum(each * n for each, n in zip(details, coarse))
+
+    def _gate_macs(self, level: int, grid: Grid) -> int:
+        """Of the gate of a coarse level, with the blocks that it looks through."""
+        gate, regions = self.gates[level - 1], region_grid(grid, self.sides[level])
+        if not gate.blocks:
+            return gate.macs(regions)
+        n = regions[0] * regions[1]
+        coarse = [n if i == level else 0 for i in range(1, len(self.sides))]
+        tokens = n + self.select.prefix
+        blocks = sum(layer.macs(tokens) for layer in self.layers[: gate.blocks])
+        return gate.macs(regions) + self._embedding_macs(tokens, coarse) + blocks
 
     def train(self, mode: bool = True) -> 'MixedScale':
         """As the library's ViT, which returns nothing; torch's convention is to return the module."""

@@ -88,6 +88,40 @@ def _rasters(grid: Grid, sides: Tuple[int, ...], device: torch.device) -> Tensor
     return torch.tensor(rows[::-1], device=device)
 
 
+def uniform_tokens(
+    sides: Sequence[int], level: int, prefix: int, images: int, grid: Grid, device: torch.device
+) -> TokenMap:
+    """The map of images whose tokens are all of one level.
+
+    Args:
+        sides: as :class:`TokenSelector` has them.
+        level: 0 for all fine.
+        prefix: rows before each image's tokens.
+        images: how many.
+        grid: (h, w), the fine cells of each.
+        device: where the map is.
+    """
+    side = sides[level]
+    regions = [hc * wc for hc, wc in (region_grid(grid, s) for s in sides[level:])]
+    length, begin = prefix + regions[0], prefix + sum(regions[1:])
+    candidate = torch.arange(length, device=device)
+    candidate = torch.where(candidate < prefix, candidate, candidate - prefix + begin)
+    levels, center, size = (values[candidate] for values in candidates(tuple(grid), tuple(sides), prefix, device))
+    cu_seqlens = length * torch.arange(images + 1, device=device)
+    cover = cu_seqlens[:-1, None] + prefix + region_of_cell(grid, side, device)  # (B, h * w)
+    return TokenMap(
+        grid=tuple(grid),
+        lengths=None if traced() else [length] * images,
+        cu_seqlens=cu_seqlens.int(),
+        prefix=prefix,
+        level=levels.repeat(images),
+        center=center.repeat(images, 1),
+        size=size.repeat(images),
+        cover=cover.unflatten(1, grid)[None],
+        padded=padded_rows(cu_seqlens.int(), length, images * length) if traced() else None,
+    )
+
+
 class TokenSelector(nn.Module):
     """Gates in, tokens out. It has no parameters; a forward hook on it sees every map and decision.
 

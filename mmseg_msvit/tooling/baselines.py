@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..embedding import pad_to_regions
 from ..gates import CERTAIN
 from ..mixed_scale import MixedScale
-from ..selection import TokenSelector
+from ..selection import uniform_tokens
 from ..tokens import Grid, PackedTokens, TokenMap
 
 
@@ -41,8 +41,7 @@ def force_gate(backbone: MixedScale, coarse_ratio: float) -> None:
 
 def all_fine(backbone: MixedScale, images: int, grid: Grid, device: torch.device) -> TokenMap:
     """The map of so many images of (h, w) cells whose tokens are all fine."""
-    gates = [lambda regions, left: torch.full((images, *regions), -CERTAIN, device=device) for _ in backbone.scales[1:]]
-    return TokenSelector(backbone.sides, prefix=backbone.select.prefix).eval()(gates, grid)[0]
+    return uniform_tokens(backbone.sides, 0, backbone.select.prefix, images, grid, device)
 
 
 def dense_forward(backbone: MixedScale, images: Tensor) -> tuple:

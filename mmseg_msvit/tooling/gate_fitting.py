@@ -31,7 +31,7 @@ from .dense_pass import Example, Window, pixels
 # The mixed-scale backbone that takes over a dense one's weights, by the dense one's class.
 STANDS_IN = {'VisionTransformer': 'MSViT', 'BEiT': 'MSBEiT', 'MAE': 'MSMAE'}
 STANDS_IN.update({kind: kind for kind in STANDS_IN.values()})
-KINDS = dict(context='ContextGate', mlp='MLPGate')
+KINDS = dict(context='ContextGate', glance='GlanceGate', mlp='MLPGate')
 # Images smaller than this lost more than coarser regions did, at the two budgets where it was tried.
 SMALLEST = 0.85
 BATCH = 8
