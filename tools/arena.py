@@ -38,6 +38,7 @@ from mmseg_msvit.whole_models import OF_GATES
 # Fitted gates: name -> kind of gate, and what it is fitted to.
 FITTED = {
     'context': ('context', 'mixed'),
+    'glance': ('glance', 'mixed'),
     'mlp': ('mlp', 'mixed'),
     'context, labels': ('context', 'labels'),
 }
