@@ -170,9 +170,13 @@ class GeneralizedBatchShapingLoss(ShareLoss):
 
     The means themselves follow a Gaussian hyperprior, so that the gate may learn that skies are at the top. The
     priors live on the base grid and are interpolated to that of the images. The batches of segmentation are small:
-    the empirical CDF is taken over all ranks and a memory of earlier values, which is part of a checkpoint. The gate's
-    gradient is as large as it would be without a memory, whose values have none. Ranks may differ in their number of
-    images, not in their region grid.
+    the empirical CDF is taken over all ranks and a memory of earlier values, which is part of a checkpoint. Ranks may
+    differ in their number of images, not in their region grid.
+
+    Remembered values count as moving along with the mean of the batch's, as they would if the gate was asked again.
+    If they stood still, a gate that does not tell images apart yet would run past its target to the end: its new
+    answers are all on one side of the remembered ones, and a batch is shaped by spreading it. So one image, over all
+    ranks, is not enough for the loss to teach a gate that images differ.
 
     Args:
         target_coarse: mean of the hyperprior: the wanted share of coarse regions.
@@ -223,9 +227,12 @@ class GeneralizedBatchShapingLoss(ShareLoss):
         temperatures = self.prior_log_temperature.exp()
         mean, temperature = (resample_grid(prior, m.shape[1:]).flatten() for prior in (means, temperatures))
         present = torch.cat((torch.ones_like(m[:, 0, 0]), self.memory[:, 0, 0])) >= 0  # (n + memory_size,)
+        together = m.mean(0)  # (hc, wc)
+        apart = m - together
         # The mean below is over all values: the live ones get back what their share of it takes from their gradient.
-        scaled = m + (m - m.detach()) * (present.sum() / len(m) - 1)
-        values = torch.cat((scaled, self._nearest(self.memory, m.shape[1:])))  # (n + memory_size, hc, wc)
+        live = m + (apart - apart.detach()) * (present.sum() / len(m) - 1)
+        remembered = self._nearest(self.memory, m.shape[1:]) + (together - together.detach())
+        values = torch.cat((live, remembered))  # (n + memory_size, hc, wc)
         prior = batch_shaping_loss(values.flatten(1), lambda x: relaxed_bernoulli_cdf(x, mean, temperature), present)
         self.memory.copy_(torch.cat((self._nearest(m.detach(), self.grid), self.memory))[: self.memory_size])
         target = self.target()

@@ -90,9 +90,7 @@ class Gate(BaseModule):
         raise NotImplementedError
 
 
-def ask(
-    gate: Gate, images: Tensor, glance: Callable, grid: Tuple[int, int], left: Optional[Tensor] = None
-) -> Tensor:
+def ask(gate: Gate, images: Tensor, glance: Callable, grid: Tuple[int, int], left: Optional[Tensor] = None) -> Tensor:
     """A gate's logits (B, hc, wc).
 
     Args:

@@ -61,9 +61,11 @@ SEGMENTORS = {
     'mask, glance': dict(
         backbone={**VIT, 'scales': (16, 32, 64), 'gate': dict(type='GlanceGate', blocks=1)}, decode_head=MASK
     ),
-    'rotary, glance': dict(backbone={**VIT, 'gate': dict(type='GlanceGate', blocks=2), 'rope': 'dinov3', 'qkv_bias': 'qv',
-                                     'ffn_type': 'swiglu', 'layer_scale_init_value': 0.1, 'out_type': 'tokens'},
-                           decode_head={**FCN, 'type': 'TokenLinearHead', 'num_convs': 0, 'channels': 32, 'norm_cfg': None}),
+    'rotary, glance': dict(
+        backbone={**VIT, 'gate': dict(type='GlanceGate', blocks=2), 'rope': 'dinov3', 'qkv_bias': 'qv',
+                  'ffn_type': 'swiglu', 'layer_scale_init_value': 0.1, 'out_type': 'tokens'},
+        decode_head={**FCN, 'type': 'TokenLinearHead', 'num_convs': 0, 'channels': 32, 'norm_cfg': None},
+    ),
     'beit': dict(backbone=BEIT, decode_head=FCN),
     'mask, smaller': dict(
         backbone={**VIT, 'scales': (16, 32, 64), 'input_scale': 0.8, 'out_detail': 'smooth'}, decode_head=MASK
