@@ -96,6 +96,11 @@ def _of_all(tensors: Dict[str, Tensor], given: dict) -> dict:
     dims, channels, patch, _ = shape
     levels = _count(tensors, 'coarser_gates') + 1
     kind = next((kind for name, kind in GATE_OF.items() if name in tensors), 'VarianceGate')
+    if kind == 'GlanceGate' and 'gate' not in given:
+        raise ValueError(
+            'gate: the weights do not tell through how many blocks it looks: give '
+            "gate=dict(type='GlanceGate', blocks=...), as it is in the model's config"
+        )
     return dict(
         patch_size=patch,
         in_channels=channels,

@@ -18,7 +18,7 @@ from mmseg_msvit.mixed_scale import MixedScale
 from mmseg_msvit.selection import Decision
 from mmseg_msvit.token_heads import TokenHead
 
-REGION, GRID = 32, (3, 5)
+REGION, GRID, DIMS = 32, (3, 5), 16
 
 
 def exported(base):
@@ -39,14 +39,16 @@ def test_all_that_is_exported_is_registered_under_its_name():
 @pytest.fixture(params=exported(Gate))
 def gate(request):
     """One of a few weights and, where it learns, with an answer for each region of its own."""
-    gate = MODELS.build(dict(type=request.param, region=REGION, grid=GRID, embed_dims=16))
+    gate = MODELS.build(dict(type=request.param, region=REGION, grid=GRID, embed_dims=DIMS))
     for parameter in gate.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return gate.eval()
 
 
-def images(count=3):
-    return torch.randn(count, 3, REGION * GRID[0], REGION * GRID[1]) * torch.rand(count, 1, 1, 1)
+def images(gate, count=3):
+    """What the gate sees of so many images, each with a contrast of its own: pixels, or what blocks make of them."""
+    shape = (DIMS, *GRID) if gate.blocks else (3, REGION * GRID[0], REGION * GRID[1])
+    return torch.randn(count, *shape) * torch.rand(count, 1, 1, 1)
 
 
 def ask(gate, pixels):
@@ -57,25 +59,25 @@ def ask(gate, pixels):
 
 def test_a_gate_answers_each_region_in_float32_whatever_the_images_are(gate):
     for dtype in (torch.float32, torch.bfloat16):
-        logits = ask(gate, images().to(dtype))
+        logits = ask(gate, images(gate).to(dtype))
         assert logits.shape == (3, *GRID) and logits.dtype == torch.float32 and logits.isfinite().all()
 
 
 def test_a_gate_answers_an_image_as_it_does_alone(gate):
-    pixels = images()
+    pixels = images(gate)
     if type(gate).__name__ != 'RandomGate':
         torch.testing.assert_close(torch.cat([ask(gate, image[None]) for image in pixels]), ask(gate, pixels))
 
 
 def test_a_gates_macs_are_those_of_its_operators(gate):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        ask(gate, images(1))
+        ask(gate, images(gate, 1))
     assert 2 * gate.macs(GRID) == counter.get_total_flops()
 
 
 def test_a_gate_survives_copy_pickle_and_checkpoint(gate):
-    pixels, wanted = images(), None
-    fresh = MODELS.build(dict(type=type(gate).__name__, region=REGION, grid=GRID, embed_dims=16)).eval()
+    pixels, wanted = images(gate), None
+    fresh = MODELS.build(dict(type=type(gate).__name__, region=REGION, grid=GRID, embed_dims=DIMS)).eval()
     fresh.load_state_dict(gate.state_dict())
     for twin in (gate, copy.deepcopy(gate), pickle.loads(pickle.dumps(gate)), fresh):
         wanted = ask(gate, pixels) if wanted is None else wanted
@@ -87,11 +89,13 @@ def test_a_gate_that_learns_learns(gate):
     if not any(p.requires_grad for p in gate.parameters()):
         return
     torch.manual_seed(0)
-    gate = MODELS.build(dict(type=type(gate).__name__, region=REGION, grid=GRID, embed_dims=16)).train()
+    gate = MODELS.build(dict(type=type(gate).__name__, region=REGION, grid=GRID, embed_dims=DIMS)).train()
     optimizer = torch.optim.AdamW(gate.parameters(), lr=1e-2)
     for _ in range(60):
         bright = (torch.rand(8, *GRID) > 0.5).float()
-        pixels = torch.kron(2 * bright - 1, torch.ones(REGION, REGION))[:, None].expand(-1, 3, -1, -1)
+        pixels = (2 * bright - 1)[:, None].expand(-1, DIMS, -1, -1) * torch.linspace(-1, 1, DIMS)[:, None, None]
+        if not gate.blocks:
+            pixels = torch.kron(2 * bright - 1, torch.ones(REGION, REGION))[:, None].expand(-1, 3, -1, -1)
         logits = gate(pixels, GRID)
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, bright)
         optimizer.zero_grad()

@@ -98,10 +98,13 @@ def dense_looks(folder):
     return look(model, folder, folder / 'all_fine.py', 'val')
 
 
-@pytest.mark.parametrize('scales, budget, steps', [((16, 32), 0.6, 150), ((16, 32, 64), 0.35, 300)])
-def test_a_dense_model_is_converted(scales, budget, steps, folder, fit, tmp_path, capsys):
+@pytest.mark.parametrize(
+    'gate, scales, budget, steps',
+    [('context', (16, 32), 0.6, 150), ('context', (16, 32, 64), 0.35, 300), ('glance', (16, 32), 0.6, 150)],
+)
+def test_a_dense_model_is_converted(gate, scales, budget, steps, folder, fit, tmp_path, capsys):
     out = tmp_path / 'a/b'
-    options = ('--budget', budget, '--scales', *scales, '--steps', steps, '--full-size')
+    options = ('--gate', gate, '--budget', budget, '--scales', *scales, '--steps', steps, '--full-size')
     assert fit('--out', out, *options) is None
     printed = capsys.readouterr().out
     assert '24 images' in printed and 'converted' in printed and 'mIoU' in printed
@@ -268,6 +271,17 @@ def test_train_py_begins_as_the_dense_config_does_with_the_fitted_gate(scales, f
     )
     assert not model.backbone.gate_learns
     assert model.backbone.select.threshold == Config.fromfile(tmp_path / 'config.py').model.backbone.gate.threshold
+
+
+def test_train_py_of_a_gate_that_looks_through_blocks_begins_with_these(fit, tmp_path):
+    assert fit('--out', tmp_path, '--steps', 2, '--limit', 3, '--gate', 'glance') is None
+    config = Config.fromfile(tmp_path / 'train.py')
+    assert config.load_from == str(tmp_path / 'checkpoint.pth')
+    assert config.model.backbone.gate.blocks == 1  # a quarter of two, but one at least
+    fitted = torch.load(tmp_path / 'checkpoint.pth', weights_only=True)['state_dict']
+    model = MODELS.build(config.model)
+    model.load_state_dict(fitted)
+    assert not model.backbone.gate_learns
 
 
 @pytest.mark.parametrize('name', ['config.py', 'checkpoint.pth', 'train.py', 'picture.png'])

@@ -1,16 +1,16 @@
 import pytest
 import torch
-from conftest import SMALL, build_msvit
+from conftest import SMALL, build_msvit, randomize
 from mmseg.registry import MODELS
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmseg_msvit.flops import dense_macs
+from mmseg_msvit.flops import dense_macs, operator_macs
 from mmseg_msvit.inspection import record_tokens
 
 SHAPE = dict(in_channels=3, region=8, grid=(4, 4), embed_dims=16)
 
 
-LEARNED = ['MLPGate', 'ContextGate']
+LEARNED = ['MLPGate', 'ContextGate', 'GlanceGate']
 
 
 def build(kind, **kwargs):
@@ -21,11 +21,16 @@ def images(b=2, grid=(4, 4)):
     return torch.randn(b, 3, 8 * grid[0], 8 * grid[1])
 
 
+def seen(gate, b=2, grid=(4, 4)):
+    """What the gate sees of so many images: pixels, or what blocks make of them."""
+    return torch.randn(b, gate.embed_dims, *grid) if gate.blocks else images(b, grid)
+
+
 @pytest.mark.parametrize('init', [0.9, 0.5, 0.01])
 @pytest.mark.parametrize('kind', LEARNED)
 def test_learned_gate_starts_at_init_coarse(kind, init):
     gate = build(kind, init_coarse=init)
-    torch.testing.assert_close(gate(images(), (4, 4)).sigmoid(), torch.full((2, 4, 4), init))
+    torch.testing.assert_close(gate(seen(gate), (4, 4)).sigmoid(), torch.full((2, 4, 4), init))
 
 
 def test_learned_gate_has_four_layers_and_sees_its_own_region_alone():
@@ -60,7 +65,7 @@ def test_context_gate_sees_several_regions_and_no_further():
 def test_macs_are_those_of_the_operators_for_any_region_and_grid(kind, region):
     gate = trained(kind, region=region)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        logits = gate(torch.randn(1, 3, 3 * region, 5 * region), (3, 5))
+        logits = gate(torch.randn(1, 16, 3, 5) if gate.blocks else torch.randn(1, 3, 3 * region, 5 * region), (3, 5))
     assert counter.get_total_flops() == 2 * gate.macs((3, 5)) and logits.std() > 0
 
 
@@ -74,10 +79,67 @@ def test_context_gates_of_all_levels_cost_two_percent_of_the_vit():
     assert 4 * coarser == finest and finest + coarser < 0.02 * sum(dense_macs(model, (32, 32)).values())
 
 
+def twin_of_coarse(blocks, **options):
+    """A backbone whose gate looks through blocks, and one that is all coarse and gives what they make of it."""
+    options = {**SMALL, 'type': 'MSViT', 'num_layers': 3, **options}
+    ours = MODELS.build(dict(options, gate=dict(type='GlanceGate', blocks=blocks, init_coarse=0.5))).eval()
+    randomize(ours)
+    coarse = MODELS.build(dict(options, gate=dict(type='FixedGate', coarse=True), out_indices=blocks - 1)).eval()
+    coarse.load_state_dict({k: v for k, v in ours.state_dict().items() if not k.startswith(('gate', 'coarser_gates'))})
+    return ours, coarse
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('blocks', [1, 2])
+@pytest.mark.parametrize('size', [(64, 64), (70, 90), (33, 130)])
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        dict(type='MSBEiT'),
+        dict(rope='dinov3', num_register_tokens=2),
+        dict(scales=(16, 32, 64)),
+        dict(coarse_embed='resize+detail'),
+        dict(with_cls_token=False),
+    ],
+)
+def test_a_glance_is_the_features_of_the_same_vit_all_coarse(options, size, blocks):
+    ours, coarse = twin_of_coarse(blocks, **options)
+    x, glances = torch.randn(2, 3, *size), []
+    ours.gates[-1].register_forward_pre_hook(lambda gate, args: glances.append(args[0]))
+    _, tokens, decision = ours.tokenize(x)
+    side = ours.sides[-1]
+    torch.testing.assert_close(glances[0], coarse(x)[0][..., ::side, ::side])
+    assert all(logits.std() > 0 for logits in decision.logits)
+
+
+@pytest.mark.parametrize('options', [{}, dict(scales=(16, 32, 64)), dict(coarse_embed='resize+detail')])
+def test_the_macs_of_a_glance_are_those_of_its_operators(options):
+    ours, _ = twin_of_coarse(2, **options)
+    x = torch.randn(1, 3, 70, 90)
+    _, tokens, _ = ours.tokenize(x)
+    assert sum(ours.macs(tokens)[0].values()) == operator_macs(ours, x)
+
+
+def test_a_glance_trains_the_gate_and_nothing_else():
+    ours, _ = twin_of_coarse(2, gate_loss=dict(type='TokenBudgetLoss'))
+    ours.train()
+    ours(torch.randn(2, 3, 64, 64))
+    sum(v for k, v in ours.pop_gate_losses([]).items() if k.startswith('loss')).backward()
+    assert {name for name, p in ours.named_parameters() if p.grad is not None and p.grad.any()} == {
+        f'gate.{name}' for name, _ in ours.gate.named_parameters()
+    }
+
+
+def test_a_gate_cannot_look_through_more_blocks_than_there_are():
+    with pytest.raises(ValueError, match="gate.blocks must be at most the ViT's 2, got 3"):
+        build_msvit(gate=dict(type='GlanceGate'), num_layers=2)
+
+
 @pytest.mark.parametrize('kind', LEARNED)
 def test_an_images_answer_does_not_depend_on_its_batch(kind):
     gate = trained(kind)
-    x = images(8, (3, 5))
+    x = seen(gate, 8, (3, 5))
     torch.testing.assert_close(torch.cat([gate(x[i : i + 1], (3, 5)) for i in range(8)]), gate(x, (3, 5)))
 
 
@@ -95,7 +157,7 @@ def test_a_levels_answer_does_not_depend_on_the_padding_that_coarser_levels_brin
 @pytest.mark.parametrize('kind', LEARNED)
 def test_learned_gate_is_float32_under_autocast(kind):
     gate = trained(kind)
-    x = images()
+    x = seen(gate)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         mixed = gate(x.bfloat16().float(), (4, 4))
     assert mixed.dtype == torch.float32
@@ -117,6 +179,7 @@ def test_fixed_random_and_variance_gates_decide_as_they_say():
     'kind, kwargs, message',
     [
         ('MLPGate', dict(init_coarse=0.999), r'init_coarse must be in \[0.0067, 0.9933\], got 0.999'),
+        ('GlanceGate', dict(blocks=0), 'blocks must be positive, got 0'),
         ('ContextGate', dict(init_coarse=0.0), r'init_coarse must be in \[0.0067, 0.9933\], got 0.0'),
         ('RandomGate', dict(coarse_ratio=1.2), r'coarse_ratio must be in \[0, 1\], got 1.2'),
         ('VarianceGate', dict(coarse_ratio=-1), r'coarse_ratio must be in \[0, 1\], got -1'),
@@ -138,14 +201,15 @@ def test_region_grid_beyond_the_image(kind):
 def test_frozen_gate_from_a_segmentors_checkpoint(kind, wrapper, tmp_path):
     """The gate of a segmentor trained at 64 px, in a backbone for 128 px."""
     torch.manual_seed(1)
-    learned = build_msvit(gate=dict(type=kind))
+    more = dict(blocks=2) if kind == 'GlanceGate' else {}
+    learned = build_msvit(gate=dict(type=kind, **more))
     weights = {f'{wrapper}backbone.{k}': v for k, v in learned.state_dict().items()}
     torch.save({'state_dict': weights}, tmp_path / 'a.pth')
     source = dict(type='Pretrained', checkpoint=str(tmp_path / 'a.pth'), prefix='backbone.gate.')
-    gate = dict(type=kind, frozen=True, init_cfg=source)
+    gate = dict(more, type=kind, frozen=True, init_cfg=source)
     model = MODELS.build(dict(type='MSViT', gate=gate, **SMALL))
     model.init_weights()
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(2, 32, 2, 2) if learned.gate.blocks else torch.randn(2, 3, 64, 64)
     assert torch.equal(model.gate(x, (2, 2)), learned.gate(x, (2, 2)))
     assert not model.gate_learns and len(model.gate_losses) == 0
     larger = MODELS.build(dict(type='MSViT', gate=gate, **{**SMALL, 'img_size': 128}))

@@ -71,15 +71,21 @@ def test_mmseg(kind, tmp_path):
     check_features(backbone, lambda images: source(images)[-1])
 
 
-@pytest.mark.parametrize('gate', ['MLPGate', 'ContextGate'])
+@pytest.mark.parametrize('gate', ['MLPGate', 'ContextGate', 'GlanceGate'])
 @pytest.mark.parametrize('scales', [(16, 32), (16, 32, 64)])
 def test_a_backbone_of_ours_comes_back_whole(gate, scales):
+    cfg = dict(type=gate, blocks=2) if gate == 'GlanceGate' else dict(type=gate)
     source = build_msvit(
-        gate=dict(type=gate), scales=scales, num_heads=4, coarse_embed='resize+detail', out_detail='residual',
+        gate=cfg, scales=scales, num_heads=4, coarse_embed='resize+detail', out_detail='residual',
         out_indices=-1, img_size=(64, 96), ffn_type='swiglu', layer_scale_init_value=1, num_register_tokens=2,
         norm_cfg=dict(type='LN', eps=1e-6),
     )  # fmt: skip
-    backbone = load_backbone(source.state_dict(), num_heads=4, interpolate_mode='bicubic', img_size=(64, 96))
+    more = {}
+    if gate == 'GlanceGate':
+        with pytest.raises(ValueError, match='gate: the weights do not tell through how many blocks it looks: give'):
+            load_backbone(source.state_dict(), num_heads=4)
+        more = dict(gate=cfg)
+    backbone = load_backbone(source.state_dict(), num_heads=4, interpolate_mode='bicubic', img_size=(64, 96), **more)
     assert type(backbone.gate).__name__ == gate and backbone.scales == scales
     images = torch.randn(2, 3, 64, 96)
     logits = torch.cat([level.flatten() for level in source.tokenize(images)[2].logits])

@@ -32,6 +32,7 @@ GATES = {
     'coarse': dict(type='FixedGate', coarse=True),
     'mlp': dict(type='MLPGate', init_coarse=0.5),
     'context': dict(type='ContextGate', init_coarse=0.5),
+    'glance': dict(type='GlanceGate', blocks=1, init_coarse=0.5),
     'variance': dict(type='VarianceGate'),
 }
 SIDES = [(1, 2), (1, 3), (1, 2, 4), (1, 2, 6), (1, 2, 4, 8)]
@@ -254,8 +255,9 @@ def test_all_fine_is_mmsegs_vit(size, images, indices, mode, option, dtype, seed
 
 @cases(150)
 @given(
-    st.sampled_from(list(FAMILIES)), st.sampled_from(['mlp', 'context']), st.tuples(*[st.integers(1, 70)] * 2), batches,
-    st.integers(2, 3), st.sampled_from(['all', 'trimmed', 'active']), st.sampled_from([0.0, -8.0, 8.0]), seeds,
+    st.sampled_from(list(FAMILIES)), st.sampled_from(['mlp', 'context', 'glance']),
+    st.tuples(*[st.integers(1, 70)] * 2),
+    batches, st.integers(2, 3), st.sampled_from(['all', 'trimmed', 'active']), st.sampled_from([0.0, -8.0, 8.0]), seeds,
 )  # fmt: skip
 def test_a_training_step_on_any_images_is_finite(family, gate, size, images, levels, mode, logit, seed):
     model = build(family, gate, levels, train_tokens=mode)

@@ -32,6 +32,8 @@ from .dense_pass import Example, Window, pixels
 STANDS_IN = {'VisionTransformer': 'MSViT', 'BEiT': 'MSBEiT', 'MAE': 'MSMAE'}
 STANDS_IN.update({kind: kind for kind in STANDS_IN.values()})
 KINDS = dict(context='ContextGate', glance='GlanceGate', mlp='MLPGate')
+# A gate that looks through blocks looks through one in so many of the ViT's, which cost a twentieth of all.
+GLANCE = 4
 # Images smaller than this lost more than coarser regions did, at the two budgets where it was tried.
 SMALLEST = 0.85
 BATCH = 8
@@ -232,6 +234,8 @@ def convert(config: Config, dense: nn.Module, gate: str, scales: Sequence[int]) 
     if changes['type'] == 'MSViT' and not isinstance(dense.backbone, MixedScale):
         changes['patch_bias'] = dense.backbone.patch_embed.projection.bias is not None
     changes['gate'] = dict(type=KINDS[gate], frozen=True)
+    if gate == 'glance':
+        changes['gate']['blocks'] = max(1, len(dense.backbone.layers) // GLANCE)
     if 'out_detail' not in own and 'tokens' not in own.get('out_type', ()):  # neither the one, nor in a list
         changes['out_detail'] = OUT_DETAIL
     kept = {name: value for name, value in own.items() if name not in ('gate', *changes)}
@@ -268,7 +272,8 @@ def check_out(out: Path, *inputs: str) -> None:
 def write(config: Config, model: nn.Module, changes: dict, metainfo: dict, out: Path) -> None:
     """Writes ``checkpoint.pth``, then ``config.py`` and ``train.py``; each is there as a whole or not at all.
 
-    ``train.py`` is for training: it begins as the dense segmentor's config does, with the gate as it is here.
+    ``train.py`` is for training, with the gate as it is here. It begins with the weights that the dense segmentor's
+    config begins with; if the gate looks through blocks, with these here, for it knows no others.
 
     Args:
         config: of the dense segmentor, which the new one inherits from.
@@ -301,6 +306,11 @@ def write(config: Config, model: nn.Module, changes: dict, metainfo: dict, out: 
         f'model = dict(backbone=dict(gate={gate!r}))',
         f'load_from = {config.get("load_from")!r}',
     ]
+    if model.backbone.gate.blocks:
+        anew = [
+            '# config.py to be trained further: its gate knows the blocks of this ViT alone.',
+            "_base_ = './config.py'",
+        ]
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
     meta = dict(dataset_meta={key: metainfo[key] for key in ('classes', 'palette') if key in metainfo})
     write_whole(out / 'checkpoint.pth', partial(torch.save, dict(meta=meta, state_dict=weights)))
