@@ -67,7 +67,7 @@ def test_the_tool_goes_on_where_it_stopped(dense, tool, tmp_path, capsys):
     line += ['--steps', 2, '--fit-images', 3]
     assert tool(*line) is None
     rows = json.loads((tmp_path / 'arena.json').read_text())
-    choosers = ['random', 'variance', 'doubt', 'context', 'mlp', 'context, labels']
+    choosers = ['random', 'variance', 'doubt', 'context', 'glance', 'mlp', 'context, labels']
     names = sorted((row['chooser'], round(row['size'], 2)) for row in rows)
     wanted = [
         ('dense', 1),

@@ -149,17 +149,18 @@ def table(contests: dict) -> list:
 
 def markdown(rows: list) -> str:
     """The table for people."""
-    head = '| scales | tokens | encoder MACs | images at | chosen by | mIoU | below dense | of the gap | models |'
-    lines = [head, '| --- ' * 9 + '|']
+    names = ['scales', 'tokens', 'encoder MACs', 'with gate', 'images at', 'chosen by', 'mIoU', 'below dense']
+    names += ['of the gap', 'models']
+    lines = [f'| {" | ".join(names)} |', '| --- ' * len(names) + '|']
     for row in rows:
         gap = '' if row['gap'] is None or row['chooser'] in ('dense', 'coarse') else f'{row["gap"]:.0%}'
         miou, lost = (
             f'{row[key]:.2f}' + (f' +- {row[f"{key}_std"]:.2f}' if row['runs'] > 1 else '') for key in ('miou', 'lost')
         )
-        lines.append(
-            f'| {", ".join(map(str, row["scales"]))} | {row["tokens"]:.0%} | {row["encoder"]:.0%} | {row["size"]:.2f} '
-            f'| {row["chooser"]} | {miou} | {lost} | {gap} | {row["runs"]} |'
-        )
+        shares = (f'{row[key]:.0%}' for key in ('tokens', 'encoder', 'backbone'))
+        scales = ', '.join(map(str, row['scales']))
+        cells = [scales, *shares, f'{row["size"]:.2f}', row['chooser'], miou, lost, gap, str(row['runs'])]
+        lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines) + '\n'
 
 
