@@ -7,8 +7,8 @@
 CONFIG's backbone is a VisionTransformer, BEiT or MAE of mmseg, or an MSViT, MSBEiT or MSMAE with a FixedGate. Its
 weights and the head's stay as they are; a gate learns where this very model needs its fine tokens. Part of what is
 saved comes from images that are a little smaller; --full-size leaves them as they are. On the dense grid coarse tokens
-go over into each other. Writes config.py and checkpoint.pth into --out, train.py, which trains CONFIG anew with this
-gate, and picture.png, and compares both models on at most 100 of the images.
+go over into each other. Writes config.py and checkpoint.pth into --out, train.py, which trains with this gate, and
+picture.png, and compares both models on at most 100 of the images.
 """
 
 import argparse
@@ -48,7 +48,10 @@ def main() -> None:
         '--target', choices=TARGETS, default='mixed', help="mixed: the model's own doubt; labels: truth"
     )
     parser.add_argument(
-        '--gate', choices=tuple(KINDS), default='context', help='with a view around each region, or not'
+        '--gate',
+        choices=tuple(KINDS),
+        default='context',
+        help="context: sees pixels around each region; glance: what the ViT's first blocks make of them; mlp: a region",
     )
     parser.add_argument('--budget', type=float, default=0.6, help='share of the dense tokens that is kept on average')
     parser.add_argument('--full-size', action='store_true', help='save tokens by coarse regions alone')
@@ -85,7 +88,7 @@ def main() -> None:
     print_table(title, ['tokens', 'backbone GMACs', 'as the dense model', 'mIoU'], rows)
     shown = examples[len(examples) // 2]
     cv2.imwrite(str(args.out / 'picture.png'), draw_image(model, shown.data, reader.palette, shown.labels)[..., ::-1])
-    print(f'{args.out}/config.py and checkpoint.pth; train.py trains anew with this gate; picture.png shows one image')
+    print(f'{args.out}/config.py and checkpoint.pth; train.py trains with this gate; picture.png shows one image')
 
 
 if __name__ == '__main__':
