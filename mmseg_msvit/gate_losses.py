@@ -173,10 +173,11 @@ class GeneralizedBatchShapingLoss(ShareLoss):
     the empirical CDF is taken over all ranks and a memory of earlier values, which is part of a checkpoint. Ranks may
     differ in their number of images, not in their region grid.
 
-    Remembered values count as moving along with the mean of the batch's, as they would if the gate was asked again.
-    If they stood still, a gate that does not tell images apart yet would run past its target to the end: its new
-    answers are all on one side of the remembered ones, and a batch is shaped by spreading it. So one image, over all
-    ranks, is not enough for the loss to teach a gate that images differ.
+    In the gradient, remembered values move along with the mean of the batch's, as they would if the gate was asked
+    again. If they stood still, a gate that does not tell images apart yet would run past its target to the end: its new
+    answers are all on one side of the remembered ones, and a batch is shaped by spreading it. They still lag behind:
+    where a gate changes fast and the batch is small, its share swings around the target. One image, over all ranks, is
+    not enough for the loss to teach a gate that images differ.
 
     Args:
         target_coarse: mean of the hyperprior: the wanted share of coarse regions.
@@ -229,7 +230,7 @@ class GeneralizedBatchShapingLoss(ShareLoss):
         present = torch.cat((torch.ones_like(m[:, 0, 0]), self.memory[:, 0, 0])) >= 0  # (n + memory_size,)
         together = m.mean(0)  # (hc, wc)
         apart = m - together
-        # The mean below is over all values: the live ones get back what their share of it takes from their gradient.
+        # The mean below is over all values: how live ones differ gets back what its share takes from its gradient.
         live = m + (apart - apart.detach()) * (present.sum() / len(m) - 1)
         remembered = self._nearest(self.memory, m.shape[1:]) + (together - together.detach())
         values = torch.cat((live, remembered))  # (n + memory_size, hc, wc)

@@ -15,6 +15,7 @@ from .embedding import area_mean, mean_weights, patchify
 from .gates import Gate
 from .reading import read_checkpoint, tensors_below
 from .resampling import resample_grid
+from .versions import before_load_state_dict
 
 # The losses clip probabilities to [1e-3, 1 - 1e-3]: a logit beyond 6.9 has no gradient, and one needs room to move.
 MAX_FIRST_LOGIT = 5.0
@@ -210,12 +211,11 @@ class GlanceGate(ContextGate):
 
     Chosen here. Where :class:`ContextGate` has to learn from few images what an image is made of, these blocks know it
     from pretraining; on what they say of each region stand the context gate's convolutions. It costs what so many
-    blocks do over a quarter of the tokens. It knows these blocks as they were when it was fitted, and trains nothing of
-    them. In training they see the image with the ViT's own dropout and stochastic depth, if it has any. Takes the
-    arguments of :class:`LearnedGate`, too.
+    blocks do over a token for each region. It knows these blocks as they were when it was fitted, and trains nothing of
+    them. Takes the arguments of :class:`LearnedGate`, too.
 
     Args:
-        blocks: how many it looks through.
+        blocks: how many it looks through; a checkpoint's are to be as many.
 
     Raises:
         ValueError: it is not positive; or, from the backbone, more than the ViT has.
@@ -226,6 +226,13 @@ class GlanceGate(ContextGate):
             raise ValueError(f'blocks must be positive, got {blocks}')
         super().__init__(*args, **kwargs)
         self.blocks = blocks
+        self.register_buffer('looks_through', torch.tensor(blocks))  # for checkpoints
+        before_load_state_dict(self, GlanceGate._check_loaded)
+
+    def _check_loaded(self, state_dict: dict, prefix: str, *args) -> None:
+        blocks = int(state_dict.get(f'{prefix}looks_through', self.blocks))
+        if blocks != self.blocks:
+            raise ValueError(f'gate.blocks: the weights are of a gate that looks through {blocks}, got {self.blocks}')
 
     def build_stem(self, width: int) -> None:
         self.glance_norm = nn.LayerNorm(self.embed_dims)

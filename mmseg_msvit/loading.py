@@ -96,11 +96,7 @@ def _of_all(tensors: Dict[str, Tensor], given: dict) -> dict:
     dims, channels, patch, _ = shape
     levels = _count(tensors, 'coarser_gates') + 1
     kind = next((kind for name, kind in GATE_OF.items() if name in tensors), 'VarianceGate')
-    if kind == 'GlanceGate' and 'gate' not in given:
-        raise ValueError(
-            'gate: the weights do not tell through how many blocks it looks: give '
-            "gate=dict(type='GlanceGate', blocks=...), as it is in the model's config"
-        )
+    looks_through = dict(blocks=int(tensors['gate.looks_through'])) if kind == 'GlanceGate' else {}
     return dict(
         patch_size=patch,
         in_channels=channels,
@@ -112,7 +108,7 @@ def _of_all(tensors: Dict[str, Tensor], given: dict) -> dict:
         patch_norm='patch_embed.norm.weight' in tensors,
         final_norm='ln1.weight' in tensors,
         scales=tuple(patch * 2**level for level in range(levels + 1)),
-        gate=dict(type=kind),
+        gate=dict(type=kind, **looks_through),
         coarse_embed='resize+detail' if 'coarse_detail.weight' in tensors else 'resize',
         out_detail='residual' if 'out_details.0.weight' in tensors else 'none',
     )

@@ -6,8 +6,9 @@ dense grid.
 """
 
 import os
+from contextlib import contextmanager
 from functools import partial
-from typing import Callable, ClassVar, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Callable, ClassVar, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 from weakref import WeakSet
 
 import torch
@@ -228,6 +229,8 @@ class MixedScale(Gated, TakesWeights):
     def glance(self, images: Tensor, grid: Grid, gate: Gate) -> Tensor:
         """What a gate's blocks make of images of which each of its regions is one token; nothing of it trains the ViT.
 
+        As all that decides, in float32 also under AMP, and without dropout and stochastic depth in training, too.
+
         Args:
             images: (B, C, H, W), padded to whole regions.
             grid: (h, w), their cells without padding.
@@ -238,9 +241,11 @@ class MixedScale(Gated, TakesWeights):
         """
         level = self.scales.index(gate.region)
         tokens = uniform_tokens(self.sides, level, self.select.prefix, images.shape[0], grid, images.device)
-        x, places = self.embed(images, tokens), self.places(tokens)  # (N, C)
-        for layer in self.layers[: gate.blocks]:
-            x = layer(x, tokens, places)
+        blocks = self.layers[: gate.blocks]
+        with torch.autocast(images.device.type, enabled=False), _evaluating(self.drop_after_pos, *blocks):
+            x, places = self.embed(images.to(self.cls_token.dtype), tokens), self.places(tokens)  # (N, C)
+            for layer in blocks:
+                x = layer(x, tokens, places)
         x = x.unflatten(0, (images.shape[0], -1))[:, tokens.prefix :]  # (B, hc * wc, C)
         return x.mT.unflatten(2, region_grid(grid, self.sides[level]))
 
@@ -342,6 +347,19 @@ class MixedScale(Gated, TakesWeights):
             raise ValueError(f'images must be (B, in_channels={self.in_channels}, H, W), got {tuple(images.shape)}')
         if not traced() and not images.sum(dtype=torch.float32).isfinite():
             raise_not_finite('pixels of the images', images)
+
+
+@contextmanager
+def _evaluating(*parts: nn.Module) -> Iterator[None]:
+    """Inside the ``with`` block these are in evaluation mode; where they are already, nothing is touched."""
+    training = [module for part in parts for module in part.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _check_scales(scales: Sequence[int], patch_size: int) -> Tuple[int, ...]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SMALL, build_msvit, randomize
+from conftest import ROOT, SMALL, build_msvit, randomize, write_model
 from mmengine.config import Config, ConfigDict
 from mmseg.models import EncoderDecoder
 from mmseg.models.decode_heads import FCNHead
@@ -361,6 +361,9 @@ def test_errors_of_the_export_tool(toy, tool, tmp_path):
     config.dump(str(tmp_path / 'budget.py'))
     end = tool('export_onnx.py', tmp_path / 'budget.py', toy[1], tmp_path / 'model.onnx')
     assert end.startswith('--budget: wanted it, since the config has a token_budget')
+    config.model.backbone.update(token_budget=None, gate=dict(type='GlanceGate', blocks=1))
+    end = tool('export_onnx.py', *write_model(config, tmp_path, 'glance'), tmp_path / 'model.onnx', '--int8')
+    assert end.startswith('--int8: wanted a gate that sees pixels, got GlanceGate')
     config.model.backbone = dict(type='ResNetV1c', depth=18)
     config.dump(str(tmp_path / 'resnet.py'))
     end = tool('export_onnx.py', tmp_path / 'resnet.py', toy[1], tmp_path / 'model.onnx')

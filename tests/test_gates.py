@@ -131,6 +131,26 @@ def test_a_glance_trains_the_gate_and_nothing_else():
     }
 
 
+def test_a_glance_is_the_same_in_training_and_under_autocast():
+    options = dict(drop_rate=0.5, drop_path_rate=0.5, gate=dict(type='GlanceGate', blocks=2, frozen=True))
+    model = MODELS.build(dict(SMALL, type='MSViT', **options))
+    randomize(model)
+    x = torch.randn(2, 3, 64, 64)
+    wanted = model.eval().tokenize(x)[2].logits[0]
+    training = [module.training for module in model.train().modules()]
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        found = model.tokenize(x)[2].logits[0]
+    assert wanted.std() > 0 and torch.equal(found, wanted)
+    assert training == [module.training for module in model.modules()]
+
+
+def test_weights_of_a_gate_that_looks_through_other_blocks_are_refused():
+    learned = build_msvit(gate=dict(type='GlanceGate', blocks=2)).state_dict()
+    model = build_msvit(gate=dict(type='GlanceGate', blocks=1))
+    with pytest.raises(ValueError, match='gate.blocks: the weights are of a gate that looks through 2, got 1'):
+        model.load_state_dict(learned)
+
+
 def test_a_gate_cannot_look_through_more_blocks_than_there_are():
     with pytest.raises(ValueError, match="gate.blocks must be at most the ViT's 2, got 3"):
         build_msvit(gate=dict(type='GlanceGate'), num_layers=2)

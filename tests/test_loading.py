@@ -80,13 +80,12 @@ def test_a_backbone_of_ours_comes_back_whole(gate, scales):
         out_indices=-1, img_size=(64, 96), ffn_type='swiglu', layer_scale_init_value=1, num_register_tokens=2,
         norm_cfg=dict(type='LN', eps=1e-6),
     )  # fmt: skip
-    more = {}
-    if gate == 'GlanceGate':
-        with pytest.raises(ValueError, match='gate: the weights do not tell through how many blocks it looks: give'):
-            load_backbone(source.state_dict(), num_heads=4)
-        more = dict(gate=cfg)
-    backbone = load_backbone(source.state_dict(), num_heads=4, interpolate_mode='bicubic', img_size=(64, 96), **more)
-    assert type(backbone.gate).__name__ == gate and backbone.scales == scales
+    backbone = load_backbone(source.state_dict(), num_heads=4, interpolate_mode='bicubic', img_size=(64, 96))
+    assert (
+        type(backbone.gate).__name__ == gate
+        and backbone.gate.blocks == source.gate.blocks
+        and backbone.scales == scales
+    )
     images = torch.randn(2, 3, 64, 96)
     logits = torch.cat([level.flatten() for level in source.tokenize(images)[2].logits])
     threshold = logits.sigmoid().median().item()

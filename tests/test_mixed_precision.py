@@ -19,8 +19,10 @@ LOSSES = [dict(type=f'{kind}Loss') for kind in ('GeneralizedBatchShaping', 'Batc
 DOUBT = [*LOSSES, dict(type='DoubtLoss')]
 
 
-def segmentor(train_tokens='trimmed', losses=LOSSES, layers=2, **backbone):
-    gate = dict(type='ContextGate', init_coarse=0.5)
+def segmentor(train_tokens='trimmed', losses=LOSSES, layers=2, kind='ContextGate', **backbone):
+    gate = dict(type=kind, init_coarse=0.5)
+    if kind == 'GlanceGate':
+        gate['blocks'] = 1
     shape = dict(num_layers=layers, out_indices=layers - 1)
     backbone.update(gate=gate, gate_loss=losses, train_tokens=train_tokens, **shape)
     model = MODELS.build(tiny_segmentor(dict(dropout_ratio=0), **backbone)).train()
@@ -52,12 +54,15 @@ class ResultTypes(TorchFunctionMode):
 
 
 @pytest.mark.parametrize('dtype', HALVES)
-@pytest.mark.parametrize('train_tokens', ['all', 'trimmed', 'active'])
-def test_decisions_and_gate_losses_are_in_float32_under_autocast(dtype, train_tokens):
+@pytest.mark.parametrize(
+    'train_tokens, kind',
+    [('all', 'ContextGate'), ('trimmed', 'ContextGate'), ('active', 'ContextGate'), ('trimmed', 'GlanceGate')],
+)
+def test_decisions_and_gate_losses_are_in_float32_under_autocast(dtype, train_tokens, kind):
     found = []
     for enabled in (False, True):  # a model for each: gate losses remember what they saw
         torch.manual_seed(0)
-        model, (images, samples) = segmentor(train_tokens, DOUBT), batch()
+        model, (images, samples) = segmentor(train_tokens, DOUBT, kind=kind), batch()
         with torch.autocast('cpu', dtype, enabled=enabled), ResultTypes() as types:
             found.append(model(images, samples, mode='loss'))
         seen = {kind for name, kind in types.seen if name in DECIDING - {'doubt'}}

@@ -165,7 +165,7 @@ def markdown(rows: list) -> str:
 
 
 def draw(rows: list) -> Figure:
-    """mIoU lost over the encoder's MACs, a line for each chooser and number of scales."""
+    """mIoU lost over the backbone's MACs, a line for each chooser and number of scales."""
     figure = Figure(figsize=(8, 4.5), dpi=120, layout='constrained')
     axes = figure.subplots()
     curves = {}
@@ -176,12 +176,12 @@ def draw(rows: list) -> Figure:
                 name += ', smaller' * (row['size'] < 1) + f', {len(row["scales"])} scales' * (len(row['scales']) > 2)
             curves.setdefault(name, []).append(row)
     for name, curve in curves.items():
-        curve.sort(key=lambda row: row['encoder'])
+        curve.sort(key=lambda row: row['backbone'])
         style = dict(ls='--', marker='^') if 'scales' in name else dict(ls='-', marker='o')
-        x, y, spread = ([row[key] for row in curve] for key in ('encoder', 'lost', 'lost_std'))
+        x, y, spread = ([row[key] for row in curve] for key in ('backbone', 'lost', 'lost_std'))
         axes.errorbar([100 * v for v in x], [-v for v in y], yerr=spread, capsize=3, label=name, **style)
     axes.axhline(0, color='black', lw=0.8)
-    axes.set(xlabel="% of the dense encoder's MACs", ylabel='mIoU against dense')
+    axes.set(xlabel="% of the dense backbone's MACs, the gate's among them", ylabel='mIoU against dense')
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncol=2)
     return figure

@@ -51,6 +51,11 @@ def main() -> None:
     notes = metadata(model, config)
     if model.backbone.select.token_budget is not None and not args.budget:
         raise InputError('--budget: wanted it, since the config has a token_budget, which a threshold would not keep')
+    if args.int8 and model.backbone.gate.blocks:
+        gate = type(model.backbone.gate).__name__
+        raise InputError(
+            f'--int8: wanted a gate that sees pixels, got {gate}: it looks through the blocks and would change'
+        )
     save_onnx(export_onnx(model, args.budget, args.classes), args.out, notes, args.int8)
     print(f'{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB')
 

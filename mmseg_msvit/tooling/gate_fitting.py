@@ -32,8 +32,8 @@ from .dense_pass import Example, Window, pixels
 STANDS_IN = {'VisionTransformer': 'MSViT', 'BEiT': 'MSBEiT', 'MAE': 'MSMAE'}
 STANDS_IN.update({kind: kind for kind in STANDS_IN.values()})
 KINDS = dict(context='ContextGate', glance='GlanceGate', mlp='MLPGate')
-# A gate that looks through blocks looks through one in so many of the ViT's, which cost a twentieth of all.
-GLANCE = 4
+# A gate that looks through blocks does so through one in so many of the ViT's, which cost a twentieth of all.
+BLOCKS_PER_GLANCED = 4
 # Images smaller than this lost more than coarser regions did, at the two budgets where it was tried.
 SMALLEST = 0.85
 BATCH = 8
@@ -235,7 +235,7 @@ def convert(config: Config, dense: nn.Module, gate: str, scales: Sequence[int]) 
         changes['patch_bias'] = dense.backbone.patch_embed.projection.bias is not None
     changes['gate'] = dict(type=KINDS[gate], frozen=True)
     if gate == 'glance':
-        changes['gate']['blocks'] = max(1, len(dense.backbone.layers) // GLANCE)
+        changes['gate']['blocks'] = max(1, len(dense.backbone.layers) // BLOCKS_PER_GLANCED)
     if 'out_detail' not in own and 'tokens' not in own.get('out_type', ()):  # neither the one, nor in a list
         changes['out_detail'] = OUT_DETAIL
     kept = {name: value for name, value in own.items() if name not in ('gate', *changes)}
@@ -308,7 +308,7 @@ def write(config: Config, model: nn.Module, changes: dict, metainfo: dict, out: 
     ]
     if model.backbone.gate.blocks:
         anew = [
-            '# config.py to be trained further: its gate knows the blocks of this ViT alone.',
+            '# config.py to be trained further; its gate knows the blocks as they are here: fit it again afterwards.',
             "_base_ = './config.py'",
         ]
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
