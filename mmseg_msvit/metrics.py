@@ -98,9 +98,9 @@ class TokenMetric(BaseMetric):
     middle of one would: make them inside :func:`~mmseg_msvit.inspection.evaluating`.
 
     Results, for ``tokens`` (cls token included) and ``encoder_gmacs`` (the blocks alone, as the paper counts, and not
-    what a gate runs of them): ``_mean``, ``_p5``, ``_p50``, ``_p95``, and ``_of_dense``, the sum over the sum of the dense
-    ViT's in percent; the same for ``head_gmacs`` of a head on tokens. And ``backbone_gmacs_of_dense`` with gate and
-    embedding.
+    what a gate runs of them): ``_mean``, ``_p5``, ``_p50``, ``_p95``, and ``_of_dense``, the sum over the sum of the
+    dense ViT's in percent; the same for ``head_gmacs`` of a head on tokens. And ``backbone_gmacs_of_dense`` with gate
+    and embedding.
 
     Args:
         collect_device: where results of several ranks are gathered, as for every metric of mmengine.
