@@ -6,9 +6,8 @@ dense grid.
 """
 
 import os
-from contextlib import contextmanager
 from functools import partial
-from typing import Callable, ClassVar, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Callable, ClassVar, Dict, List, Optional, Sequence, Tuple, Union
 from weakref import WeakSet
 
 import torch
@@ -26,10 +25,11 @@ from .embedding import (
     shrink,
 )
 from .gated import Gated
-from .gates import Gate, ask
+from .gates import ask
+from .glance import glance
 from .out_detail import ZeroLinear, add_out_detail, smooth_coarse
 from .positions import table_positions
-from .selection import Decision, TokenSelector, candidate_number, raise_not_finite, uniform_tokens
+from .selection import Decision, TokenSelector, candidate_number, raise_not_finite
 from .tokens import Grid, PackedTokens, TokenMap, region_grid
 from .tracing import traced
 from .weights import TakesWeights
@@ -221,33 +221,9 @@ class MixedScale(Gated, TakesWeights):
         scale = 1.0 if self.training else self.input_scale
         dense_grid = None if scale == 1 else region_grid(images.shape[2:], self.patch_size)
         images, grid = pad_to_regions(shrink(images, self.patch_size, scale), self.patch_size, self.sides[-1])
-        gates = [partial(ask, gate, images, partial(self.glance, images, grid)) for gate in self.gates]
+        gates = [partial(ask, gate, images, partial(glance, self, images, grid)) for gate in self.gates]
         tokens, decision = self.select(gates, grid, dense_grid)
         return images, tokens, decision
-
-    @torch.no_grad()
-    def glance(self, images: Tensor, grid: Grid, gate: Gate) -> Tensor:
-        """What a gate's blocks make of images of which each of its regions is one token; nothing of it trains the ViT.
-
-        As all that decides, in float32 also under AMP, and without dropout and stochastic depth in training, too.
-
-        Args:
-            images: (B, C, H, W), padded to whole regions.
-            grid: (h, w), their cells without padding.
-            gate: one of :attr:`gates`.
-
-        Returns:
-            (B, embed_dims, hc, wc).
-        """
-        level = self.scales.index(gate.region)
-        tokens = uniform_tokens(self.sides, level, self.select.prefix, images.shape[0], grid, images.device)
-        blocks = self.layers[: gate.blocks]
-        with torch.autocast(images.device.type, enabled=False), _evaluating(self.drop_after_pos, *blocks):
-            x, places = self.embed(images.to(self.cls_token.dtype), tokens), self.places(tokens)  # (N, C)
-            for layer in blocks:
-                x = layer(x, tokens, places)
-        x = x.unflatten(0, (images.shape[0], -1))[:, tokens.prefix :]  # (B, hc * wc, C)
-        return x.mT.unflatten(2, region_grid(grid, self.sides[level]))
 
     def embed(self, images: Tensor, tokens: TokenMap) -> Tensor:
         """Makes the tokens that are kept, and no others, with their positions: (N, C).
@@ -347,19 +323,6 @@ class MixedScale(Gated, TakesWeights):
             raise ValueError(f'images must be (B, in_channels={self.in_channels}, H, W), got {tuple(images.shape)}')
         if not traced() and not images.sum(dtype=torch.float32).isfinite():
             raise_not_finite('pixels of the images', images)
-
-
-@contextmanager
-def _evaluating(*parts: nn.Module) -> Iterator[None]:
-    """Inside the ``with`` block these are in evaluation mode; where they are already, nothing is touched."""
-    training = [module for part in parts for module in part.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _check_scales(scales: Sequence[int], patch_size: int) -> Tuple[int, ...]:

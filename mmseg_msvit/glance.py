@@ -1,0 +1,50 @@
+"""What a ViT's first blocks make of an image that is all coarse, for gates that look through them."""
+
+from contextlib import contextmanager
+from typing import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .gates import Gate
+from .selection import uniform_tokens
+from .tokens import Grid, region_grid
+
+
+@torch.no_grad()
+def glance(backbone: nn.Module, images: Tensor, grid: Grid, gate: Gate) -> Tensor:
+    """What a gate's blocks make of images of which each of its regions is one token; nothing of it trains the ViT.
+
+    As all that decides, in float32 also under AMP, and without dropout and stochastic depth in training, too.
+
+    Args:
+        backbone: a :class:`.MixedScale`.
+        images: (B, C, H, W), padded to whole regions.
+        grid: (h, w), their cells without padding.
+        gate: one of the backbone's.
+
+    Returns:
+        (B, embed_dims, hc, wc).
+    """
+    level = backbone.scales.index(gate.region)
+    tokens = uniform_tokens(backbone.sides, level, backbone.select.prefix, images.shape[0], grid, images.device)
+    blocks = backbone.layers[: gate.blocks]
+    with torch.autocast(images.device.type, enabled=False), in_evaluation(backbone.drop_after_pos, *blocks):
+        x, places = backbone.embed(images.to(backbone.cls_token.dtype), tokens), backbone.places(tokens)  # (N, C)
+        for layer in blocks:
+            x = layer(x, tokens, places)
+    x = x.unflatten(0, (images.shape[0], -1))[:, tokens.prefix :]  # (B, hc * wc, C)
+    return x.mT.unflatten(2, region_grid(grid, backbone.sides[level]))
+
+
+@contextmanager
+def in_evaluation(*parts: nn.Module) -> Iterator[None]:
+    """Inside the ``with`` block these are in evaluation mode; where they are already, nothing is touched."""
+    training = [module for part in parts for module in part.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
