@@ -10,6 +10,7 @@ from mmengine.dataset import pseudo_collate
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
+from .glance import in_evaluation
 from .mixed_scale import MixedScale
 from .selection import Decision
 from .tokens import TokenMap, shrunk_grid
@@ -82,17 +83,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Args:
         model: a segmentor. Slide inference is off, so that an image is one forward pass.
     """
-    modes = [(module, module.training) for module in model.modules()]
     test_cfg, observers = model.test_cfg, MixedScale.observers
     model.test_cfg = ConfigDict(test_cfg or {}, mode='whole')
     MixedScale.observers = WeakSet()
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), in_evaluation(model):
             yield
     finally:
-        for module, training in modes:
-            module.training = training
         model.test_cfg, MixedScale.observers = test_cfg, observers
 
 

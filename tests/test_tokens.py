@@ -1,9 +1,11 @@
+from dataclasses import fields
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmseg_msvit.selection import TokenSelector
+from mmseg_msvit.selection import TokenSelector, uniform_tokens
 from mmseg_msvit.tokens import over_cells, region_grid
 
 grids = st.tuples(st.integers(1, 7), st.integers(1, 7))
@@ -44,6 +46,17 @@ def test_each_cell_is_covered_by_exactly_one_active_token(grid, side, images, wi
         assert torch.equal(tokens.to_cls(number)[:, 0].long(), cls.nonzero().flatten())
     assert (seen != cls).all()  # every token but cls covers a cell
     assert tokens.lengths == tokens.active_counts().tolist() == tokens.cu_seqlens.diff().tolist()
+
+
+@settings(max_examples=40, deadline=None)
+@given(grids, st.sampled_from([(1, 2), (1, 3), (1, 2, 4)]), st.integers(0, 2), st.integers(0, 2), st.integers(1, 3))
+def test_uniform_tokens_are_what_the_selector_makes_of_gates_that_all_agree(grid, sides, level, prefix, images):
+    level = min(level, len(sides) - 1)
+    logits = [lambda regions, left, n=n: torch.full((images, *regions), 1.0 if n == level else -1.0) for n in (1, 2)]
+    wanted, _ = TokenSelector(sides, prefix=prefix).eval()(logits[: len(sides) - 1], grid)
+    found = uniform_tokens(sides, level, prefix, images, grid, torch.device('cpu'))
+    for field in fields(wanted):
+        torch.testing.assert_close(getattr(found, field.name), getattr(wanted, field.name), msg=field.name)
 
 
 def test_token_count_follows_the_share_of_coarse_regions():
