@@ -79,6 +79,8 @@ def test_the_tool_goes_on_where_it_stopped(dense, tool, tmp_path, capsys):
     chosen = {row['chooser']: row for row in rows}
     assert chosen['dense']['lost'] == 0
     assert chosen['smaller']['tokens'] == pytest.approx(26 / 37)  # 6 x 6 cells become 5 x 5
+    costs = {name: chosen[name]['backbone'] - chosen[name]['encoder'] for name in choosers}
+    assert max(costs.pop(name) for name in choosers[:3]) < min(costs.values())  # which need no gate
     assert all(0.5 < row['tokens'] <= 0.6 for row in rows if row['chooser'] not in ('dense', 'coarse', 'smaller'))
     assert '| dense |' in (tmp_path / 'arena.md').read_text() and (tmp_path / 'arena.png').stat().st_size > 1000
     results = tmp_path / 'run_0/results.json'

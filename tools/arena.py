@@ -115,6 +115,7 @@ class Contest:
         torch.manual_seed(0)  # a gate's first weights
         model, _ = convert(self.config, self.model, kind, scales)
         if chooser not in FITTED:
+            model.backbone.build_gates(dict(type='FixedGate'), None)  # which is told, and costs nothing
             return model, CHOOSERS.get(chooser, CHOOSERS['random'])
         file = self.folder / f'gate_{kind}_{target}_{"-".join(map(str, scales))}.pth'
         names = [name for name in model.state_dict() if name.startswith(OF_GATES)]
