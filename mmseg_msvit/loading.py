@@ -119,7 +119,8 @@ def _of_family(layout: str, tensors: Dict[str, Tensor], given: dict) -> dict:
     patch = tensors[PATCH_WEIGHT].shape[-1]
     if 'pos_embed' in tensors:
         gate = tensors.get('gate.pos_embed')
-        likely = () if gate is None else grids_of_regions(gate.shape[2:], 2)
+        side = given['scales'][1] // patch if 'scales' in given else 2
+        likely = () if gate is None else grids_of_regions(gate.shape[2:], side)
         _, grid = source_grid(tensors['pos_embed'].shape[1], likely=likely)
         if gate is None and any(name.startswith('gate.') for name in tensors) and 'img_size' not in given:
             size = 'x'.join(str(cells * patch) for cells in grid)

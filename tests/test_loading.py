@@ -95,6 +95,13 @@ def test_a_backbone_of_ours_comes_back_whole(gate, scales):
     assert 0 < coarse_regions(backbone, seen[0][0]).float().mean() < 1
 
 
+@pytest.mark.parametrize('scales, size', [((16, 32), (64, 96)), ((16, 48), (96, 144)), ((16, 48, 96), (80, 144))])
+def test_a_gate_tells_the_grid_that_the_positions_have(scales, size):
+    source = build_msvit(gate=dict(type='MLPGate'), scales=scales, num_heads=4, img_size=size)
+    backbone = load_backbone(source.state_dict(), num_heads=4, scales=scales)
+    assert backbone.img_size == size and torch.equal(backbone.pos_embed, source.pos_embed)
+
+
 def test_an_image_size_that_is_guessed_is_said(monkeypatch):
     lines = []
     monkeypatch.setattr('mmseg_msvit.loading.print_log', lambda line, *args, **options: lines.append(line))
