@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .layouts import fold_layer_scale, rename
-from .resampling import grids_of_regions, resample_grid, resample_patch, resample_positions, resample_relative
+from .positions import resample_table
+from .resampling import grids_of_regions, resample_patch, resample_positions, resample_relative
 
 PATCH_WEIGHT = 'patch_embed.projection.weight'
 # What gates and their losses have on the grid of regions.
@@ -138,7 +139,7 @@ def adapt(backbone: nn.Module, tensors: Dict[str, Tensor], prefix: str = '', squ
             source, how = resample_relative(source, backbone.pos_grid), f'{len(source)} -> {len(own)} offsets'
         elif source.ndim == 4 and re.fullmatch(REGION_GRIDS, name):
             how = '{}x{} -> {}x{}'.format(*source.shape[2:], *own.shape[2:])
-            source = resample_grid(source.float(), own.shape[2:])
+            source = resample_table(source.float(), own.shape[2:], 'bilinear')
         if source is not None:
             tensors[prefix + name] = source
         if how is not None:

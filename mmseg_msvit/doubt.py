@@ -36,14 +36,10 @@ def class_shares(logits: Tensor, pixels: int) -> Tensor:
     Returns:
         (B, K, ceil(H / pixels), ceil(W / pixels)) float32, 2 classes of K = 1.
     """
-    shares = []
-    for image in logits.split(1):  # distributions of many classes at full size are large
-        image = image.float()
-        both = (image.sigmoid(), (-image).sigmoid())
-        shares.append(
-            F.avg_pool2d(image.softmax(1) if image.shape[1] > 1 else torch.cat(both, 1), pixels, ceil_mode=True)
-        )
-    return torch.cat(shares)
+    if logits.shape[1] == 1:
+        logits = torch.cat((logits, torch.zeros_like(logits)), 1)  # softmax: sigmoid(x), sigmoid(-x)
+    # One by one: distributions of many classes at full size are large.
+    return torch.cat([F.avg_pool2d(image.float().softmax(1), pixels, ceil_mode=True) for image in logits.split(1)])
 
 
 def region_doubt(shares: Tensor, side: int = 1) -> Tuple[Tensor, Tensor]:

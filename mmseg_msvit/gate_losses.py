@@ -16,7 +16,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from .distributions import beta_cdf, normal_cdf, relaxed_bernoulli_cdf
-from .resampling import resample_grid
+from .positions import resample_table
 from .selection import Decision
 from .tokens import TokenMap
 from .versions import before_load_state_dict
@@ -35,14 +35,11 @@ def batch_shaping_loss(values: Tensor, cdf: Callable[[Tensor], Tensor], present:
     Returns:
         Scalar.
     """
-    if present is None:
-        n, rank = len(values), torch.arange(1, len(values) + 1, device=values.device)
-        empirical = rank / (n + 1)  # (N,) float32, as in the published code
-        return (empirical[:, None] - cdf(values.sort(dim=0).values)).square().mean()
-    # The absent ones sort behind all others: counting them needs no wait for the device.
-    values = torch.where(present[:, None], values, 2.0).sort(dim=0).values  # (N, T)
-    n, rank = present.sum(), torch.arange(1, len(values) + 1, device=values.device)
-    distance = ((rank / (n + 1))[:, None] - cdf(values)).square() * (rank <= n)[:, None]
+    n, rank = len(values), torch.arange(1, len(values) + 1, device=values.device)
+    if present is not None:  # the absent ones sort behind all others: counting them needs no wait for the device
+        n, values = present.sum(), torch.where(present[:, None], values, 2.0)
+    empirical = rank / (n + 1)  # (N,) float32, as in the published code
+    distance = (empirical[:, None] - cdf(values.sort(dim=0).values)).square() * (rank <= n)[:, None]
     return distance.sum() / (n * values.shape[1])
 
 
@@ -226,7 +223,7 @@ class GeneralizedBatchShapingLoss(ShareLoss):
         m = gather_batch(logits.sigmoid())  # (n, hc, wc), of all ranks
         means = self.prior_mean_logit.sigmoid()
         temperatures = self.prior_log_temperature.exp()
-        mean, temperature = (resample_grid(prior, m.shape[1:]).flatten() for prior in (means, temperatures))
+        mean, temperature = (resample_table(p, m.shape[1:], 'bilinear').flatten() for p in (means, temperatures))
         present = torch.cat((torch.ones_like(m[:, 0, 0]), self.memory[:, 0, 0])) >= 0  # (n + memory_size,)
         together = m.mean(0)  # (hc, wc)
         apart = m - together

@@ -250,12 +250,8 @@ def fold_layer_scale(tensors: Dict[str, Tensor]) -> int:
 
 def _rename_augreg(tensors: Dict[str, Tensor]) -> Tuple[Dict[str, Tensor], List[str]]:
     """AugReg's arrays: kernels are (in, out), attention has its heads apart."""
-    found, used = {}, set()
-
-    def take(name):
-        used.add(name)
-        return tensors[name]
-
+    found, others = {}, dict(tensors)
+    take = others.pop
     found['patch_embed.projection.weight'] = take('embedding/kernel').permute(3, 2, 0, 1).contiguous()
     found['patch_embed.projection.bias'] = take('embedding/bias')
     found['cls_token'] = take('cls')
@@ -279,4 +275,4 @@ def _rename_augreg(tensors: Dict[str, Tensor]) -> Tuple[Dict[str, Tensor], List[
             found[f'{ours}ffn.layers.{layer}.weight'] = take(f'{theirs}MlpBlock_3/{dense}/kernel').T.contiguous()
             found[f'{ours}ffn.layers.{layer}.bias'] = take(f'{theirs}MlpBlock_3/{dense}/bias')
         block += 1
-    return found, [name for name in tensors if name not in used]
+    return found, list(others)

@@ -13,8 +13,8 @@ from .blocks import linear_weights
 from .checkpoint import misshapen
 from .embedding import area_mean, mean_weights, patchify
 from .gates import Gate
+from .positions import resample_table
 from .reading import read_checkpoint, tensors_below
-from .resampling import resample_grid
 from .versions import before_load_state_dict
 
 # The losses clip probabilities to [1e-3, 1 - 1e-3]: a logit beyond 6.9 has no gradient, and one needs room to move.
@@ -68,7 +68,7 @@ class LearnedGate(Gate):
         weights = tensors_below(read_checkpoint(path), prefix)
         own = self.state_dict()
         if 'pos_embed' in weights and weights['pos_embed'].ndim == 4:
-            weights['pos_embed'] = resample_grid(weights['pos_embed'], self.grid)
+            weights['pos_embed'] = resample_table(weights['pos_embed'], self.grid, 'bilinear')
         wrong = [f'{name} {shapes}' for name, shapes in misshapen(self, weights).items()]
         wrong += [f'no {name}' for name in own if name not in weights]
         if wrong:
@@ -121,7 +121,7 @@ class MLPGate(LearnedGate):
 
     def logits(self, images: Tensor, grid: Tuple[int, int]) -> Tensor:
         x = self.embed(patchify(images, self.region))  # (B, hc, wc, width)
-        return self.mlp(x + resample_grid(self.pos_embed, grid).permute(0, 2, 3, 1))
+        return self.mlp(x + resample_table(self.pos_embed, grid, 'bilinear').permute(0, 2, 3, 1))
 
     def macs(self, grid: Tuple[int, int]) -> int:
         return grid[0] * grid[1] * linear_weights(self)

@@ -25,10 +25,10 @@ def wide(x: Tensor) -> Tensor:
 
 
 def resample_table(table: Tensor, size: Grid, mode: str) -> Tensor:
-    """A table of positions (1, C, gh, gw) on another grid: (1, C, h, w).
+    """A table of positions, or of what else lies on a grid, (1, C, gh, gw), on another one: (1, C, h, w).
 
     Args:
-        table: positions.
+        table: the values.
         size: (h, w).
         mode: of :func:`torch.nn.functional.interpolate`; with ``-antialias`` after it, smoothed where it shrinks.
     """

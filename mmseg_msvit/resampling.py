@@ -1,4 +1,4 @@
-"""Weights on other grids than they were trained on: positions, relative positions, patches, what gates have.
+"""Weights on other grids than they were trained on: positions, relative positions, patches.
 
 Pure functions of a tensor.
 """
@@ -14,14 +14,6 @@ from torch import Tensor
 
 from .positions import resample_table
 from .tokens import Grid
-from .tracing import traced
-
-
-def resample_grid(parameter: Tensor, grid: Grid) -> Tensor:
-    """Values on a region grid, (1, D, gh, gw), on another one."""
-    if not traced() and tuple(parameter.shape[2:]) == tuple(grid):
-        return parameter
-    return F.interpolate(parameter, size=tuple(grid), mode='bilinear', align_corners=False)
 
 
 def resample_positions(

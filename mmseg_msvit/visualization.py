@@ -19,21 +19,19 @@ PANEL_PIXELS = 480
 LINE = (255, 255, 255)
 
 
-def draw_tokens(
-    image: np.ndarray, rows: np.ndarray, levels: np.ndarray, patch: int, sides: Sequence[int]
-) -> np.ndarray:
+def draw_tokens(image: np.ndarray, tokens: TokenMap, patch: int, sides: Sequence[int]) -> np.ndarray:
     """Draws the borders of the tokens over an image, coarser ones dimmed and as the model sees them: blurred.
 
     Args:
         image: (H, W, 3) uint8.
-        rows: (h, w) int, a number for the token that covers each cell.
-        levels: (h, w) int, its level.
+        tokens: of the image alone.
         patch: pixels along a cell's side.
         sides: cells along a token's side at each level, beginning with 1.
 
     Returns:
         (s * H, s * W, 3) uint8, s the smallest whole factor that makes the image at least PANEL_PIXELS wide.
     """
+    rows, levels = tokens.cover[0, 0].cpu().numpy(), tokens.levels()[0].cpu().numpy()  # (h, w)
     height, width = image.shape[:2]
     scale = max(1, -(-PANEL_PIXELS // width))
     whole = [(0, -size % (patch * sides[-1])) for size in (height, width)]
@@ -87,9 +85,8 @@ def sample_figure(
     """
     height, width = seen_size(backbone, tokens, sample)
     image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-    rows, levels = tokens.cover[0, 0].cpu().numpy(), tokens.levels()[0].cpu().numpy()  # (h, w)
-    grid = draw_tokens(image, rows, levels, backbone.patch_size, backbone.sides)
-    panels = [('image', image), (f'{len(np.unique(rows))} tokens of {rows.size}', grid)]
+    grid = draw_tokens(image, tokens, backbone.patch_size, backbone.sides)
+    panels = [('image', image), (f'{(tokens.level >= 0).sum()} tokens of {tokens.cover[0].numel()}', grid)]
     logits = decision.logits if decision else ()
     for level, region in zip(logits, backbone.scales[1:]):
         of = '' if len(logits) == 1 else f', {region} px'
@@ -160,9 +157,8 @@ def sample_pictures(
     heat = (255 * decision.logits[0][0].sigmoid()).round().byte().cpu().numpy()
     heat = np.kron(heat, np.ones((patch * backbone.sides[1],) * 2, np.uint8))[: size[1], : size[0]]
     red = np.where((prediction != dense)[..., None], np.uint8([230, 30, 60]), 0.6 * grey)
-    rows, levels = tokens.cover[0, 0].cpu().numpy(), tokens.levels()[0].cpu().numpy()
     return dict(
-        tokens=draw_tokens(image, rows, levels, patch, backbone.sides),
+        tokens=draw_tokens(image, tokens, patch, backbone.sides),
         gate=blend(cv2.applyColorMap(heat, cv2.COLORMAP_VIRIDIS)[..., ::-1], grey, 0.7),
         prediction=blend(paint_classes(prediction, palette), image, 0.6),
         difference=red.astype(np.uint8),

@@ -12,6 +12,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from mmseg.structures import SegDataSample
 
 from mmseg_msvit import blocks
 from mmseg_msvit.attention import attend_reference
+from mmseg_msvit.hooks import GateLossHook
 from mmseg_msvit.tokens import region_grid
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,9 +121,20 @@ def force_random_logits(model, images, grid, scale=2.0):
     return answers
 
 
+def no_noise(monkeypatch):
+    """Makes gates in training decide as at test time."""
+    monkeypatch.setattr(torch, 'rand_like', lambda x: torch.full_like(x, 0.5))  # logit(1/2) = 0
+
+
 def sample(labels):
     """A data sample with (H, W) ground truth."""
     return SegDataSample(gt_sem_seg=PixelData(data=labels[None]))
+
+
+def hooked(model, step=0):
+    """The model, whose losses have the gate's among them, as in a training that is at this step."""
+    GateLossHook().before_train(SimpleNamespace(model=model, iter=step))
+    return model
 
 
 @pytest.fixture

@@ -589,18 +589,6 @@ def test_missing_file():
         build('no/such.pth')
 
 
-class Harmful:
-    def __reduce__(self):
-        return print, ('this was executed',)
-
-
-def test_a_pickle_that_runs_code_is_refused(tmp_path, capsys):
-    torch.save({'state_dict': {}, 'more': Harmful()}, tmp_path / 'bad.pth')
-    with pytest.raises(ValueError, match=r'builtins.print and could run code. If you trust it'):
-        read_checkpoint(str(tmp_path / 'bad.pth'))
-    assert 'executed' not in capsys.readouterr().out
-
-
 def test_what_mmengine_puts_beside_the_weights_is_read_as_empty_shells(tmp_path):
     buffer = HistoryBuffer([1.0, 2.0], [1, 1])
     torch.save(

@@ -2,11 +2,10 @@
 
 import copy
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import randomize, sample, tiny_segmentor
+from conftest import hooked, randomize, sample, tiny_segmentor
 from mmseg.registry import HOOKS, METRICS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -110,13 +109,7 @@ def step(request):
     model = MODELS.build(tiny_segmentor(gate_loss=dict(type=request.param), train_tokens='active')).train()
     randomize(model)
     samples = [sample(torch.randint(0, 4, (64, 64)).div(2, rounding_mode='floor')) for _ in range(2)]
-    with_hook(model)
-    return model, model(torch.randn(2, 3, 64, 64), samples, mode='loss')
-
-
-def with_hook(model):
-    hook = HOOKS.build(dict(type='GateLossHook'))
-    hook.before_train(SimpleNamespace(model=model, iter=0))
+    return model, hooked(model)(torch.randn(2, 3, 64, 64), samples, mode='loss')
 
 
 def test_a_gate_loss_is_a_finite_number_that_teaches_the_gate(step):

@@ -1,12 +1,11 @@
 """One batch in parts: over processes with gloo, what users run on several GPUs, and over steps."""
 
 from copy import deepcopy
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from conftest import SMALL, build_runner, force_logits, randomize, sample, spread, tiny_segmentor
+from conftest import SMALL, build_runner, force_logits, hooked, randomize, sample, spread, tiny_segmentor
 from mmengine.dataset import DefaultSampler
 from mmengine.dist import get_dist_info
 from mmengine.model import (
@@ -16,7 +15,7 @@ from mmengine.model import (
     revert_sync_batchnorm,
 )
 from mmengine.optim import OptimWrapper
-from mmseg.registry import HOOKS, METRICS, MODELS
+from mmseg.registry import METRICS, MODELS
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from mmseg_msvit.backbone import MSViT
@@ -63,7 +62,7 @@ def step(losses, train_tokens='active', parts=1, wrap=distributed):
     model.double().train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     wrapped = wrap(model) if world_size > 1 else model
-    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=wrapped, iter=0))
+    hooked(wrapped)
     optimizer = OptimWrapper(torch.optim.SGD(wrapped.parameters(), lr=0.1), accumulative_counts=parts)
     optimizer.initialize_count_status(model, 0, parts)
     for part in zip(*(values.chunk(parts) for values in batch())):
@@ -109,7 +108,7 @@ def test_a_step_of_several_processes_is_the_step_of_one_on_their_joined_batch(wo
 def said_of_a_sharded_backbone():
     model = sharded(segmentor(LOSSES), MSViT)
     with pytest.raises(ValueError) as error:
-        HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model, iter=0))
+        hooked(model)
     return str(error.value)
 
 

@@ -272,9 +272,11 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 
 @pytest.mark.slow
-def test_tools(toy, config, scenes, tool, tmp_path):
-    file = tmp_path / 'model.onnx'
-    assert tool('export_onnx.py', *toy, file) is None
+def test_a_file_runs_without_torch_and_by_itself(exported, toy, config, scenes, tmp_path):
+    """A graph of some model with the notes of the toy config; test_commands.py has the tool that writes both."""
+    file, graph = tmp_path / 'model.onnx', onnx.load(exported('fcn'))
+    onnx.helper.set_model_props(graph, metadata(MODELS.build(config.model), config))
+    onnx.save(graph, file)
     notes = {name: json.loads(value) for name, value in session(file).get_modelmeta().custom_metadata_map.items()}
     assert notes['classes'][0] == 'sky' and notes['palette'][0] == [120, 170, 230]
     pixels = config.model.data_preprocessor

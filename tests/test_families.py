@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import force_random_logits, randomize, use_plain_attention
+from conftest import force_random_logits, no_noise, randomize, use_plain_attention
 from mmseg.registry import MODELS
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -55,7 +55,7 @@ def test_training_output_is_the_packed_test_output(family, levels, mode, monkeyp
     images = pixels(model, 5, 7)
     with torch.no_grad():
         wanted = model(images)
-    monkeypatch.setattr(torch, 'rand_like', lambda x: torch.full_like(x, 0.5))  # no noise
+    no_noise(monkeypatch)
     tokens = []
     model.select.register_forward_hook(lambda m, a, out: tokens.append(out[0]))
     outputs = model.train()(images)

@@ -74,7 +74,7 @@ FAULTS = [
      r'this very model, got decode_head.cls_emb \(1, 9, 32\), wanted \(1, 7, 32\)'),
     (lambda weights, mark: {name: weights[name] for name in weights if name != 'decode_head.cls_emb'},
      'got decode_head.cls_emb is missing'),
-    (lambda weights, mark: {**weights, 'more': Payload(mark)}, 'mkdir and could run code'),
+    (lambda weights, mark: {**weights, 'more': Payload(mark)}, 'mkdir and could run code. If you trust it'),
     (lambda weights, mark: [1, 2], 'which cannot be read: .*it holds a list'),
     (lambda weights, mark: torch.ones(2), 'which cannot be read: .*it holds a Tensor'),
 ]  # fmt: skip

@@ -3,13 +3,12 @@ import itertools
 import json
 import math
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import scipy.stats
 import torch
 import torch.distributed as dist
-from conftest import build_msvit, sample, spread, tiny_segmentor
+from conftest import build_msvit, hooked, sample, spread, tiny_segmentor
 from mmengine.config import Config
 from mmengine.model import ExponentialMovingAverage, StochasticWeightAverage, revert_sync_batchnorm
 from mmseg.registry import MODELS
@@ -17,7 +16,6 @@ from torch.autograd import gradcheck
 
 from mmseg_msvit.doubt import class_shares, doubt_scale, doubt_target, region_doubt
 from mmseg_msvit.gate_losses import batch_shaping_loss, beta_cdf, normal_cdf, relaxed_bernoulli_cdf
-from mmseg_msvit.hooks import GateLossHook
 from mmseg_msvit.purity import region_purity
 from mmseg_msvit.selection import Decision
 
@@ -400,7 +398,7 @@ def test_doubt_loss_can_ask_the_segmentor_itself(teacher):
     )
     model = revert_sync_batchnorm(MODELS.build(config)).train()
     model.load_state_dict(dense.state_dict(), strict=False)
-    GateLossHook().before_train(SimpleNamespace(model=model, iter=0))
+    hooked(model)
     model.backbone.gate.last.bias.data.fill_(0.0)  # half of the regions are coarse
     labelled = sample(torch.zeros(64, 64, dtype=torch.long))
     losses = model(torch.randn(2, 3, 64, 64), [labelled] * 2, mode='loss')
@@ -506,27 +504,6 @@ def test_statistics_of_a_decision():
 def test_bad_arguments(kind, kwargs, message):
     with pytest.raises(ValueError, match=message):
         build(kind, **kwargs)
-
-
-def _shaped(values):
-    loss = build('GeneralizedBatchShapingLoss', memory_size=0)
-    logits = values[dist.get_rank()].clone().requires_grad_()
-    out = loss(logits)
-    out.backward()
-    return out.item(), logits.grad / 2, loss.prior_mean_logit.grad  # DDP averages: divides by the ranks
-
-
-@pytest.mark.slow
-def test_two_ranks_are_one_batch():
-    values = torch.randn(2, 3, 4, 4)
-    loss = build('GeneralizedBatchShapingLoss', memory_size=0)
-    logits = values.flatten(0, 1).requires_grad_()
-    out = loss(logits)
-    out.backward()
-    for rank, (value, grad, prior_grad) in enumerate(spread(_shaped, 2, values)):
-        assert abs(value - out.item()) < 1e-6
-        torch.testing.assert_close(grad, logits.grad[3 * rank : 3 * rank + 3])
-        torch.testing.assert_close(prior_grad, loss.prior_mean_logit.grad)
 
 
 def _of_unequal_ranks():

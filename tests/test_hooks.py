@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, sample, tiny_segmentor
+from conftest import SMALL, hooked, sample, tiny_segmentor
 from mmengine.config import ConfigDict
 from mmseg.registry import HOOKS, METRICS, MODELS
 
@@ -44,22 +44,17 @@ def test_adds_the_gate_losses_in_training_and_leaves_no_trace_after_it():
 def test_a_training_that_begins_counts_from_none_whatever_its_weights_have_seen(at, steps):
     model = segmentor(gate_loss=dict(type='TokenBudgetLoss', target_warmup=100)).bfloat16()
     model.backbone.gate_losses[0].steps += 40
-    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model, iter=at))
+    hooked(model, at)
     assert model.backbone.gate_losses[0].steps == steps and not model.backbone.gate_losses[0].steps.is_floating_point()
 
 
 def test_reads_the_loss_of_this_forward_and_no_other():
     model = segmentor().train()
     inputs, samples = batch()
-    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model, iter=0))
+    hooked(model)
     purity = model(inputs, samples, mode='loss')['gate.loss_purity']
     logits = model.backbone.gate(inputs, (2, 2))
     torch.testing.assert_close(purity, model.backbone.gate_losses[0](logits, samples))
-
-
-def hooked(model):
-    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model, iter=0))
-    return model
 
 
 def test_a_forgotten_hook_is_warned_of_at_the_second_forward():
@@ -97,7 +92,7 @@ class Twice(torch.nn.Module):
 def test_a_gate_that_would_learn_nothing_is_refused(how, monkeypatch):
     """Both are ways to keep a ViT as it is."""
     model, (inputs, samples) = segmentor().train(), batch()
-    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model, iter=0))
+    hooked(model)
     if how == 'eval':
         model.backbone.eval()
     else:
@@ -161,7 +156,7 @@ def test_each_layer_is_called():
 
 def test_wants_one_msvit():
     with pytest.raises(ValueError, match='the model must have one MSViT backbone, got 0'):
-        HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=torch.nn.Linear(1, 1)))
+        hooked(torch.nn.Linear(1, 1))
 
 
 def test_evaluating_a_model_leaves_it_as_it_was_and_chance_to_itself():

@@ -1,14 +1,13 @@
 """Half precision: what decides which tokens there are, and the losses that train it, stay in float32."""
 
 import sys
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from conftest import half_on_cpu, randomize, sample, tiny_segmentor
+from conftest import half_on_cpu, hooked, randomize, sample, tiny_segmentor
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
-from mmseg.registry import HOOKS, MODELS
+from mmseg.registry import MODELS
 from torch.overrides import TorchFunctionMode
 
 HALVES = (torch.bfloat16, pytest.param(torch.float16, marks=half_on_cpu))
@@ -27,8 +26,7 @@ def segmentor(train_tokens='trimmed', losses=LOSSES, layers=2, kind='ContextGate
     backbone.update(gate=gate, gate_loss=losses, train_tokens=train_tokens, **shape)
     model = MODELS.build(tiny_segmentor(dict(dropout_ratio=0), **backbone)).train()
     randomize(model)
-    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model, iter=0))
-    return model
+    return hooked(model)
 
 
 def batch():

@@ -27,10 +27,10 @@ def cell_by_cell(logits, sides, grid, image):
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=90, deadline=None)
 @given(
     st.tuples(st.integers(1, 11), st.integers(1, 11)),
-    st.sampled_from([(1, 2, 4), (1, 3, 6), (1, 2, 4, 8), (1, 2, 6)]),
+    st.sampled_from([(1, 2), (1, 3), (1, 2, 4), (1, 3, 6), (1, 2, 4, 8), (1, 2, 6)]),
     st.integers(0, 2),
     st.integers(0, 999),
 )
@@ -52,7 +52,7 @@ def test_each_cell_is_covered_by_the_coarsest_region_that_says_so(grid, sides, p
             assert torch.equal(tokens.center[row], center) and tokens.size[row] == len(cells)
         assert tokens.lengths[image] == len(set(owners.values())) + prefix
         assert decision.coarse[-1][image].equal(logits[-1][image] > 0)
-    assert tokens.active_counts().tolist() == tokens.lengths
+    assert tokens.active_counts().tolist() == tokens.lengths == tokens.cu_seqlens.diff().tolist()
     counts = sum(tokens.active_counts(level) for level in range(-1, len(sides)))
     assert counts.tolist() == tokens.lengths
 
@@ -86,26 +86,6 @@ def test_merged_rows_keep_every_cell_and_are_means():
     torch.testing.assert_close(
         merged.pool(pooled, torch.tensor([0, 1, 1, *range(2, 15), *range(15, 31)]), 31)[1], x[1:4].mean(0)
     )
-
-
-@pytest.mark.parametrize('size', [(128, 128), (100, 140), (33, 200)])
-@pytest.mark.parametrize('mode', ['all', 'trimmed', 'active'])
-@pytest.mark.parametrize(
-    'options', [dict(out_detail='residual'), dict(coarse_embed='resize+detail', num_register_tokens=2)]
-)
-def test_training_output_is_the_packed_test_output(size, mode, options, monkeypatch):
-    model = build_msvit(train_tokens=mode, **THREE, **options)
-    grid = -(-size[0] // 16), -(-size[1] // 16)
-    force_random_logits(model, 3, grid)
-    images = torch.randn(3, 3, *size)
-    with torch.no_grad():
-        wanted = model(images)
-    monkeypatch.setattr(torch, 'rand_like', lambda x: torch.full_like(x, 0.5))  # no noise
-    tokens = []
-    model.select.register_forward_hook(lambda m, a, out: tokens.append(out[0]))
-    outputs = model.train()(images)
-    assert set(tokens[0].level.tolist()) == {-1, 0, 1, 2} and tokens[0].masked == (mode != 'active')
-    torch.testing.assert_close(outputs, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('size', [(128, 128), (49, 79)])

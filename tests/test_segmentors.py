@@ -1,12 +1,10 @@
 """Whole segmentors in company that they seldom have: flips at test time, cascades, images of other channels."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from conftest import SMALL, randomize, sample
+from conftest import SMALL, hooked, randomize, sample
 from mmengine.config import ConfigDict
-from mmseg.registry import HOOKS, MODELS
+from mmseg.registry import MODELS
 
 from mmseg_msvit.flops import HeadMacs, operator_macs
 
@@ -64,7 +62,7 @@ def test_a_cascade_trains_the_gate_and_predicts():
             test_cfg=dict(mode='whole'),
         )
     ).train()
-    HOOKS.build(dict(type='GateLossHook')).before_train(SimpleNamespace(model=model, iter=0))
+    hooked(model)
     samples = [sample(torch.randint(0, CLASSES, (70, 90))) for _ in range(2)]
     images = torch.randn(2, 3, 70, 90)
     losses = model(images, samples, mode='loss')

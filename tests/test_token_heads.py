@@ -5,14 +5,14 @@ import json
 
 import pytest
 import torch
-from conftest import SMALL, randomize, sample, use_plain_attention
+from conftest import SMALL, force_random_logits, no_noise, randomize, sample, use_plain_attention
 from mmengine.config import ConfigDict
 from mmseg.registry import METRICS, MODELS
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmseg_msvit.flops import HeadMacs, pass_costs
 from mmseg_msvit.inspection import record_tokens
-from mmseg_msvit.tokens import PackedTokens, region_grid
+from mmseg_msvit.tokens import PackedTokens
 
 CLASSES = 5
 MASK = dict(in_channels=32, channels=32, num_classes=CLASSES, num_layers=2, num_heads=2, embed_dims=16)
@@ -50,14 +50,6 @@ def twins(kind, **backbone):
     return ours, theirs
 
 
-def force(model, images, grid, seed=0):
-    """Makes every gate answer random logits, and keeps its parameters in the graph."""
-    generator = torch.Generator().manual_seed(seed)
-    for gate, side in zip(model.backbone.gates, model.backbone.sides[1:]):
-        logits = 3 * torch.randn(images, *region_grid(grid, side), generator=generator)
-        gate.register_forward_hook(lambda m, a, out, logits=logits: logits.to(out.dtype) + out - out.detach())
-
-
 def gradients(model, images, weight):
     images = images.clone().requires_grad_()
     torch.manual_seed(3)
@@ -86,7 +78,7 @@ def test_linear_is_fcn_on_any_tokens_in_training_too(scales, mode):
     ours, theirs = (model.double().train() for model in twins('linear', scales=scales, train_tokens=mode))
     images, weight = torch.randn(3, 3, 70, 90).double(), torch.randn(3, CLASSES, 5, 6).double()
     for model in (ours, theirs):
-        force(model, 3, (5, 6))
+        force_random_logits(model.backbone, 3, (5, 6))
     got, wanted = gradients(ours, images, weight), gradients(theirs, images, weight)
     torch.testing.assert_close(got[0], wanted[0], rtol=1e-10, atol=1e-10)
     for name, gradient in wanted[1].items():
@@ -100,7 +92,7 @@ def test_linear_is_fcn_on_any_tokens_in_training_too(scales, mode):
 def test_masks_are_what_mmsegs_head_says_of_each_images_tokens(scales, size):
     """Block-diagonal: an image's tokens, laid out as a row of cells, through mmseg's own head."""
     ours, theirs = twins('mask', scales=scales, num_register_tokens=1)
-    force(ours, 4, (-(-size[0] // 16), -(-size[1] // 16)))
+    force_random_logits(ours.backbone, 4, (-(-size[0] // 16), -(-size[1] // 16)))
     packed = ours.backbone(torch.randn(4, 3, *size))[-1]
     masks, tokens = ours.decode_head([packed]), packed.tokens
     assert len(set(tokens.lengths)) > 1
@@ -137,11 +129,11 @@ def test_training_output_is_the_packed_test_output(kind, scales, mode, monkeypat
     monkeypatch.setitem(KINDS, 'mask', ('SegmenterMaskTransformerHead', dict(MASK, drop_path_rate=0.0)))
     monkeypatch.setitem(KINDS, 'linear', ('FCNHead', dict(LINEAR, dropout_ratio=0.0)))
     model = build(kind, scales=scales, train_tokens=mode)
-    force(model, 3, (5, 7))
+    force_random_logits(model.backbone, 3, (5, 7))
     images = torch.randn(3, 3, 70, 100)
     with torch.no_grad():
         wanted = model(images, mode='tensor')
-    monkeypatch.setattr(torch, 'rand_like', lambda x: torch.full_like(x, 0.5))  # no noise
+    no_noise(monkeypatch)
     torch.testing.assert_close(model.train()(images, mode='tensor'), wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -149,7 +141,7 @@ def test_training_output_is_the_packed_test_output(kind, scales, mode, monkeypat
 @pytest.mark.parametrize('mode', ['all', 'trimmed', 'active'])
 def test_a_training_step_reaches_every_parameter(kind, mode):
     model = build(kind, train_tokens=mode).train()
-    force(model, 2, (4, 6))
+    force_random_logits(model.backbone, 2, (4, 6))
     samples = [sample(torch.randint(0, CLASSES, (64, 96))) for _ in range(2)]
     losses = model(torch.randn(2, 3, 64, 96), samples, mode='loss')
     assert losses['decode.loss_ce'] > 0 and 'decode.acc_seg' in losses
@@ -191,7 +183,7 @@ def test_first_values_are_mmsegs():
 def test_macs_are_those_of_the_operators(kind, monkeypatch):
     use_plain_attention(monkeypatch)  # fused attention counts zero on CPU
     ours, theirs = twins(kind, num_register_tokens=1)
-    force(ours, 3, (5, 7))
+    force_random_logits(ours.backbone, 3, (5, 7))
     packed = ours.backbone(torch.randn(3, 3, 70, 100))
     with FlopCounterMode(display=False) as counter:
         ours.decode_head(packed)
@@ -223,7 +215,7 @@ def test_slide_inference_and_the_metric_that_counts_its_windows():
 def test_metric_counts_the_tokens_of_the_head():
     counter = METRICS.build(dict(type='TokenMetric'))
     model = build('mask')
-    force(model, 2, (4, 6))
+    force_random_logits(model.backbone, 2, (4, 6))
     with record_tokens(model) as seen:
         model.predict(torch.randn(2, 3, 64, 96))
     counter.process({}, [{}, {}])
@@ -238,7 +230,7 @@ def test_metric_counts_the_tokens_of_the_head():
 @pytest.mark.parametrize('mode', ['test', 'all', 'trimmed'])
 def test_other_leading_rows_leave_cells_and_their_tokens(count, mode):
     model = build('mask', train_tokens='all' if mode == 'test' else mode, num_register_tokens=1)
-    force(model, 3, (5, 7))
+    force_random_logits(model.backbone, 3, (5, 7))
     with torch.enable_grad():
         packed = model.train(mode != 'test').backbone(torch.randn(3, 3, 70, 100))[-1]
     x, tokens, _ = packed

@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from mmseg_msvit.inspection import find_msvit, look, seen_size
+from mmseg_msvit.tokens import TokenMap
 from mmseg_msvit.tooling.command_line import one_line_errors
 from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
 from mmseg_msvit.visualization import draw_tokens, paint_classes, to_rgb
@@ -19,17 +20,17 @@ from mmseg_msvit.visualization import draw_tokens, paint_classes, to_rgb
 GAP = 2  # pixels between the tokens of the pack
 
 
-def draw_pack(image: np.ndarray, rows: np.ndarray, levels: np.ndarray, patch: int, sides, across: int) -> np.ndarray:
+def draw_pack(image: np.ndarray, tokens: TokenMap, patch: int, sides, across: int) -> np.ndarray:
     """The tokens as the patch embedding sees them, all of one size, in the order of the pack.
 
     Args:
         image: (H, W, 3) uint8.
-        rows: (h, w) int, the row of the pack that covers each cell.
-        levels: (h, w) int.
+        tokens: of the image alone.
         patch: pixels along a token's side.
         sides: cells along a token's side at each level.
         across: tokens in a line.
     """
+    rows, levels = tokens.cover[0, 0].numpy(), tokens.levels()[0].numpy()  # (h, w)
     canvas = np.full((-(-rows.size // across) * (patch + GAP), across * (patch + GAP), 3), 255, np.uint8)
     whole = [(0, -size % (patch * sides[-1])) for size in image.shape[:2]]
     padded = np.pad(image, (*whole, (0, 0)), mode='edge')
@@ -62,18 +63,16 @@ def draw(model, data: dict, palette) -> Figure:
     patch, sides = backbone.patch_size, backbone.sides
     height, width = seen_size(backbone, tokens, sample)
     image = cv2.resize(to_rgb(data['inputs']), (width, height), interpolation=cv2.INTER_AREA)
-    rows, levels = tokens.cover[0, 0].numpy(), tokens.levels()[0].numpy()
-    used, cells = len(np.unique(rows)), rows.size
+    used, (h, w) = int((tokens.level >= 0).sum()), tokens.grid
     probability = decision.logits[0][0].sigmoid().numpy()
     panels = [
         ('1  image', image),
         ('2  gate: probability of coarse, by region', probability),
-        (f'3  {used} tokens in place of {cells}', draw_tokens(image, rows, levels, patch, sides)),
-        ('4  the pack, through the blocks',
-         draw_pack(image, rows, levels, patch, sides, across=round((1.35 * used) ** 0.5))),
-        (f'5  back on the grid of {rows.shape[0]} x {rows.shape[1]} cells', principal_colours(outputs[0])),
+        (f'3  {used} tokens in place of {h * w}', draw_tokens(image, tokens, patch, sides)),
+        ('4  the pack, through the blocks', draw_pack(image, tokens, patch, sides, across=round((1.35 * used) ** 0.5))),
+        (f'5  back on the grid of {h} x {w} cells', principal_colours(outputs[0])),
         ('6  any head: the prediction', paint_classes(sample.pred_sem_seg.data[0].numpy(), palette)),
-    ]  # fmt: skip
+    ]
     figure = Figure(figsize=(12, 12 * 2 / 3 * height / width + 0.7), dpi=100, layout='constrained')
     for axes, (title, picture) in zip(figure.subplots(2, 3).flat, panels):
         axes.imshow(picture, vmin=0, vmax=1, interpolation='antialiased' if picture.dtype == np.uint8 else 'nearest')

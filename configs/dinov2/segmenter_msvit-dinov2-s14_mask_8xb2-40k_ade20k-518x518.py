@@ -1,8 +1,5 @@
 # DINOv2 ViT-S/14 with a mask head on ADE20K, the gate learned jointly. Not measured yet.
 #   mim train mmsegmentation \
 #       configs/dinov2/segmenter_msvit-dinov2-s14_mask_8xb2-40k_ade20k-518x518.py --launcher pytorch --gpus 8
-_base_ = ['./segmenter_dinov2-s14_mask_8xb2-40k_ade20k-518x518.py', '../_base_/msvit_dinov2.py']
-model = dict(backbone=dict(_base_.learned_gate, gate_loss=dict(type='DoubtLoss', target_warmup=_base_.max_iters // 2)))
-optim_wrapper = dict(paramwise_cfg=dict(gate_lr_mult=10.0))
-val_evaluator = [_base_.val_evaluator, dict(type='TokenMetric')]
-test_evaluator = val_evaluator
+_base_ = ['./segmenter_msvit-dinov2-s14_fcn_8xb2-40k_ade20k-518x518.py', '../_base_/models/mask_head.py']
+model = dict(decode_head=dict(_base_.mask_head, num_classes=150))
