@@ -7,7 +7,7 @@ from .doubt import DoubtLoss
 from .flops import pass_costs
 from .gate_losses import BatchShapingLoss, GeneralizedBatchShapingLoss, TokenBudgetLoss
 from .gates import FixedGate, RandomGate, VarianceGate
-from .hooks import GateLossHook, TokenMapHook, ViTWeightsHook
+from .hooks import DenseFirstHook, GateLossHook, TokenMapHook, ViTWeightsHook
 from .inspection import record_tokens
 from .learned_gates import ContextGate, GlanceGate, MLPGate
 from .loading import load_backbone
@@ -21,6 +21,7 @@ __version__ = '0.2.0'
 __all__ = [
     'BatchShapingLoss',
     'ContextGate',
+    'DenseFirstHook',
     'DoubtLoss',
     'FixedGate',
     'GateLossHook',

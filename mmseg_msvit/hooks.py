@@ -1,4 +1,4 @@
-"""Hooks: the gate's losses into the training of any segmentor or classifier, and pictures of what the gate does."""
+"""Hooks: gate losses into the training of any segmentor or classifier, dense steps first, pictures of the tokens."""
 
 from typing import Sequence
 
@@ -94,6 +94,38 @@ def _add_gate_losses(module, args, kwargs, output):
             "set frozen=True in its config; where a tokenize() of one's own asks no gate, gate=dict(type='FixedGate')"
         )
     return {**output, **{f'gate.{name}': value for name, value in gate.items()}}
+
+
+@HOOKS.register_module()
+class DenseFirstHook(Hook):
+    """Trains with all tokens fine first, and then with those that the gate chooses, for a gate that learns nothing.
+
+    A ViT that learns from few tokens from the first step on learns less, also of fine ones (``docs/benchmarks.md``). A
+    gate that learns has ``target_warmup`` of its losses for this. Validation has the gate's tokens at any time.
+
+    Args:
+        part: the share of the training's steps that are dense.
+    """
+
+    def __init__(self, part: float = 0.5):
+        if not 0 <= part <= 1:
+            raise ValueError(f'part must be in [0, 1], got {part}')
+        self.part = part
+
+    def before_train(self, runner) -> None:
+        if find_msvit(runner.model).gate_learns:
+            raise ValueError(
+                'DenseFirstHook wants a gate that learns nothing, as with frozen=True, got one that learns; its losses '
+                'have target_warmup for this'
+            )
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        if runner.iter < self.part * runner.max_iters:
+            find_msvit(runner.model).select.threshold = 1.0  # no probability is above it
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        backbone = find_msvit(runner.model)
+        backbone.select.threshold = backbone.gate.threshold
 
 
 @HOOKS.register_module()

@@ -3,7 +3,7 @@
     python tools/variants.py CONFIG CHECKPOINT [CHECKPOINT ...] --converted FOLDER [FOLDER ...] --out variants
 
 CONFIG is that of the dense segmentor, each CHECKPOINT a seed of it, 0, 1 and so on, and each FOLDER what
-tools/fit_gate.py --full-size made of it: its gate is that of the variant "fitted". A variant is trained from the
+tools/fit_gate.py --full-size made of it: its gate is that of the variants "fitted". A variant is trained from the
 weights that CONFIG begins with, and run over the test set with all tokens fine, then with as many as --budget allows;
 "dense" is trained all fine, and within the budget sees smaller images: what --crop does by itself.
 What is finished is not done again: the same command goes on where it stopped. Writes variants.json and variants.md.
@@ -47,6 +47,7 @@ DOUBT = dict(type='DoubtLoss')
 VARIANTS = {
     'dense': dict(gate=dict(type='FixedGate')),
     'fitted': {},
+    'fitted, dense at first': {},
     'doubt': dict(gate=CONTEXT, gate_loss=DOUBT, train_tokens='active'),
     'doubt, dense at first': dict(
         gate=dict(CONTEXT, init_coarse=0.05), gate_loss=dict(DOUBT, target_warmup=300), train_tokens='active'
@@ -71,6 +72,9 @@ def variant_config(converted: Path, name: str, crop: Optional[int]) -> Config:
     """
     config = load_config(str(converted / 'train.py'))
     kind, plus, rest = name.partition(' + ')
+    if kind != 'fitted, dense at first':
+        hooks = config.get('custom_hooks', [])
+        config.custom_hooks = [hook for hook in hooks if hook['type'] != 'DenseFirstHook']
     backbone = config.model.backbone
     changes = deepcopy({**VARIANTS[kind], **DETAILS[plus + rest]})
     config.model.backbone = ConfigDict({**backbone, **changes})

@@ -273,7 +273,7 @@ def write(config: Config, model: nn.Module, changes: dict, metainfo: dict, out: 
     """Writes ``checkpoint.pth``, then ``config.py`` and ``train.py``; each is there as a whole or not at all.
 
     ``train.py`` is for training, with the gate as it is here. It begins with the weights that the dense segmentor's
-    config begins with; if the gate looks through blocks, with these here, for it knows no others.
+    config begins with, and with all tokens fine (:class:`.DenseFirstHook`); if the gate looks through blocks, with these here, for it knows no others.
 
     Args:
         config: of the dense segmentor, which the new one inherits from.
@@ -300,10 +300,13 @@ def write(config: Config, model: nn.Module, changes: dict, metainfo: dict, out: 
         f'load_from = {fitted!r}',
     ]
     gate = dict(init_cfg=dict(type='Pretrained', checkpoint=fitted, prefix='backbone.gate.'))
+    hooks = [*map(dict, config.get('custom_hooks', [])), dict(type='DenseFirstHook')]
     anew = [
-        '# config.py to be trained from the weights that its base begins with; the gate stays as it is.',
+        '# config.py to be trained from the weights that its base begins with, dense for the first half of the steps; the',
+        '# gate stays as it is.',
         "_base_ = './config.py'",
         f'model = dict(backbone=dict(gate={gate!r}))',
+        f'custom_hooks = {hooks!r}',
         f'load_from = {config.get("load_from")!r}',
     ]
     if model.backbone.gate.blocks:
