@@ -70,8 +70,8 @@ class GateLoss(BaseModule):
         grid: (gh, gw), the region grid of the backbone's ``img_size``.
         region: pixels along a region's side.
         loss_weight: factor of this loss in the total.
-        loss_name: its key in the log is ``gate.`` and this name, which must contain "loss" to be counted; None for the
-            class's own.
+        loss_name: its key in the log is ``gate.`` and this name, which must start with ``loss_``; None for the class's
+            own.
         level: which coarse level's logits it sees, 1 for the finest; from 2 on the name ends with ``_2`` and so on.
         warmup: training forwards over which its factor grows linearly from 0 to ``loss_weight``. They are counted in a
             buffer, and go on where training is resumed.

@@ -34,10 +34,12 @@ class ViTWeightsHook(Hook):
         model = runner.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):  # whose names mmengine leaves out
             model = model.module
-        tensors, report = with_own_vit(model, find_msvit(model), unwrap(checkpoint))
+        # Of a training of mmengine's it is state_dict that was trained, whatever a hook has put beside it.
+        source = {'state_dict': checkpoint['state_dict']} if 'message_hub' in checkpoint else checkpoint
+        tensors, report = with_own_vit(model, find_msvit(model), unwrap(source))
         if report is not None:
             print_log(f'load_from: {report}', logger='current')
-        if report is not None or find_weights(checkpoint) is not checkpoint.get('state_dict'):  # where mmengine looks
+        if report is not None or find_weights(source) is not source.get('state_dict'):  # where mmengine looks
             checkpoint['state_dict'] = tensors
 
 

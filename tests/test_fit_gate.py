@@ -231,7 +231,7 @@ def test_what_cannot_be_fitted_is_said_in_one_line_and_leaves_nothing(folder, fi
     end = fit('--out', out, '--target', 'labels', '--images', folder / 'images/val')
     assert end.startswith('--target labels: wanted labels of each image, got none of')
     config = Config.fromfile(folder / 'dense.py')
-    train = config.pop('train_dataloader')
+    train, config.train_dataloader = config.train_dataloader, None
     config.dump(str(folder / 'other.py'))
     end = fit('--out', out, config='other.py')
     assert end.startswith('CONFIG: wanted one with a train_dataloader, or --images, got')
@@ -269,7 +269,7 @@ def test_train_py_begins_as_the_dense_config_does_with_the_fitted_gate(scales, f
     assert not torch.equal(
         mine['backbone.layers.0.attn.attn.in_proj_weight'], fitted['backbone.layers.0.attn.attn.in_proj_weight']
     )
-    assert not model.backbone.gate_learns
+    assert not model.backbone.gate_learns and config.custom_hooks[-1] == dict(type='DenseFirstHook')
     assert model.backbone.select.threshold == Config.fromfile(tmp_path / 'config.py').model.backbone.gate.threshold
 
 
@@ -282,6 +282,20 @@ def test_train_py_of_a_gate_that_looks_through_blocks_begins_with_these(fit, tmp
     model = MODELS.build(config.model)
     model.load_state_dict(fitted)
     assert not model.backbone.gate_learns
+
+
+def test_a_pretrained_patch_bias_which_mmsegs_vit_drops_has_a_place_when_trained_anew(tmp_path):
+    config = Config(dict(model=tiny_segmentor(type='VisionTransformer')))
+    dense = MODELS.build(config.model)
+    model, changes = convert(config, dense, 'mlp', (16, 32))
+    assert dense.backbone.patch_embed.projection.bias is None
+    assert (model.backbone.patch_embed.projection.bias == 0).all()
+    source = MODELS.build(dict(config.model.backbone, patch_bias=True))
+    torch.save(randomize(source) or source.state_dict(), tmp_path / 'vit.pth')
+    anew = dict(changes, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'vit.pth')))
+    backbone = MODELS.build({**config.model.backbone, **anew})
+    backbone.init_weights()
+    assert torch.equal(backbone.patch_embed.projection.bias, source.patch_embed.projection.bias)
 
 
 @pytest.mark.parametrize('name', ['config.py', 'checkpoint.pth', 'train.py', 'picture.png'])

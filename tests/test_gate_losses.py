@@ -521,6 +521,14 @@ def _of_unequal_ranks():
     return found
 
 
+def test_a_share_of_very_many_doubts_is_that_of_some(monkeypatch):
+    doubt = torch.rand(5000)
+    wanted = doubt_scale(doubt, 0.3)
+    monkeypatch.setattr('mmseg_msvit.doubt.MOST_RANKED', 1000)
+    monkeypatch.setattr(torch.Tensor, 'quantile', lambda x, q: torch.quantile(x, q) if len(x) <= 1000 else 1 / 0)
+    torch.testing.assert_close(doubt_scale(doubt, 0.3), wanted, rtol=0.1, atol=0)
+
+
 @pytest.mark.slow
 def test_ranks_of_unequal_shapes():
     results = spread(_of_unequal_ranks, 2)

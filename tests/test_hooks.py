@@ -48,6 +48,37 @@ def test_a_training_that_begins_counts_from_none_whatever_its_weights_have_seen(
     assert model.backbone.gate_losses[0].steps == steps and not model.backbone.gate_losses[0].steps.is_floating_point()
 
 
+def test_what_a_hook_has_put_beside_the_weights_of_a_training_is_not_resumed():
+    model = segmentor()
+    own, other = ({name: x.clone() + i for name, x in model.state_dict().items()} for i in (0, 1))
+    hook, runner = HOOKS.build(dict(type='ViTWeightsHook')), SimpleNamespace(model=model)
+    saved = dict(state_dict=own, teacher=other, message_hub={}, optimizer={})
+    hook.after_load_checkpoint(runner, saved)
+    assert saved['state_dict'] is own
+    del saved['message_hub']  # of somebody else's training, where a teacher is the better model
+    hook.after_load_checkpoint(runner, saved)
+    assert torch.equal(saved['state_dict']['backbone.cls_token'], other['backbone.cls_token'])
+
+
+def test_a_fitted_gates_training_begins_dense():
+    model = segmentor(gate=dict(type='ContextGate', frozen=True, init_coarse=0.6, threshold=0.4)).train()
+    hook, found = HOOKS.build(dict(type='DenseFirstHook', part=0.4)), []
+    runner = SimpleNamespace(model=model, iter=0, max_iters=5)
+    hook.before_train(runner)
+    for runner.iter in range(5):
+        hook.before_train_iter(runner, 0)
+        with record_tokens(model) as seen:
+            model(*batch(), mode='loss')
+        found.append(seen[0][0].lengths[0])
+        hook.after_train_iter(runner, 0)
+        assert model.backbone.select.threshold == 0.4  # validation has the gate's tokens
+    assert found == [17, 17, 5, 5, 5]
+    with pytest.raises(ValueError, match='DenseFirstHook wants a gate that learns nothing'):
+        hook.before_train(SimpleNamespace(model=segmentor()))
+    with pytest.raises(ValueError, match=r'part must be in \[0, 1\], got 2'):
+        HOOKS.build(dict(type='DenseFirstHook', part=2))
+
+
 def test_reads_the_loss_of_this_forward_and_no_other():
     model = segmentor().train()
     inputs, samples = batch()

@@ -169,12 +169,13 @@ def draw(rows: list) -> Figure:
     """mIoU lost over the backbone's MACs, a line for each chooser and number of scales."""
     figure = Figure(figsize=(8, 4.5), dpi=120, layout='constrained')
     axes = figure.subplots()
-    curves = {}
+    curves, usual = {}, min((row['scales'] for row in rows if row['chooser'] not in ('dense', 'smaller')), key=len)
     for row in rows:
         if row['chooser'] not in ('dense', 'coarse'):
             name = row['chooser']
             if name != 'smaller':  # which is the dense model
-                name += ', smaller' * (row['size'] < 1) + f', {len(row["scales"])} scales' * (len(row['scales']) > 2)
+                name += ', smaller' * (row['size'] < 1)
+                name += f', scales {row["scales"]}' * (row['scales'] != usual)
             curves.setdefault(name, []).append(row)
     for name, curve in curves.items():
         curve.sort(key=lambda row: row['backbone'])

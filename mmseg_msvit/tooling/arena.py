@@ -103,7 +103,7 @@ def _area(model: nn.Module, side: int) -> float:
 
 def as_logits(scores: Scores) -> Scores:
     """Ranks of scores among all, as logits: a threshold between any two of them is one of probabilities."""
-    flat = torch.cat([level.flatten() for levels in scores for level in levels])
+    flat = torch.cat([level.flatten().cpu() for levels in scores for level in levels])
     ranks = torch.empty(len(flat), dtype=torch.float64)
     ranks[flat.argsort(stable=True)] = torch.arange(1, len(flat) + 1, dtype=torch.float64)
     parts = (ranks / (len(flat) + 1)).logit().split([level.numel() for levels in scores for level in levels])

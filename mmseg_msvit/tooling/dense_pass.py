@@ -69,7 +69,7 @@ def find_images(config: Config, folder: Optional[Path], limit: int) -> Tuple[Lis
         images = list_images(folder)
         truths: List[Optional[Path]] = [None] * len(images)
     else:
-        dataset = config.get('train_dataloader', {}).get('dataset')
+        dataset = (config.get('train_dataloader') or {}).get('dataset')
         if dataset is None:
             raise InputError(f'CONFIG: wanted one with a train_dataloader, or --images, got {config.filename} without')
         while 'dataset' in dataset:  # what repeats or mixes it

@@ -27,6 +27,11 @@ from .testset import FileReader
 OPSET = 20
 
 
+def last_head(model: nn.Module) -> nn.Module:
+    """A segmentor's head; of a cascade's the one whose classes are the answer."""
+    return model.decode_head[-1] if isinstance(model.decode_head, nn.ModuleList) else model.decode_head
+
+
 class Deployed(nn.Module):
     """What the file computes, as a module of two tensors.
 
@@ -52,7 +57,7 @@ class Deployed(nn.Module):
 
     def _class_map(self, logits: Tensor) -> Tensor:
         if self.model.out_channels == 1:  # two classes by one logit
-            return (logits[:, 0].sigmoid() > self.model.decode_head.threshold).to(torch.uint8)
+            return (logits[:, 0].sigmoid() > last_head(self.model).threshold).to(torch.uint8)
         return logits.argmax(1).to(torch.uint8)
 
 
@@ -200,7 +205,7 @@ def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
         prefix_tokens=backbone.select.prefix,
         threshold=backbone.select.threshold,
         token_budget=backbone.select.token_budget,
-        binary_threshold=model.decode_head.threshold,
+        binary_threshold=last_head(model).threshold,
         versions=dict(mmseg_msvit=__version__, torch=torch.__version__),
     )
     return {name: json.dumps(value) for name, value in found.items()}

@@ -232,7 +232,7 @@ def convert(config: Config, dense: nn.Module, gate: str, scales: Sequence[int]) 
     own = config.model.backbone
     changes = dict(type=STANDS_IN[type(dense.backbone).__name__], scales=tuple(scales))
     if changes['type'] == 'MSViT' and not isinstance(dense.backbone, MixedScale):
-        changes['patch_bias'] = dense.backbone.patch_embed.projection.bias is not None
+        changes['patch_bias'] = True  # zero where the dense one has none; pretrained files have one, which mmseg drops
     changes['gate'] = dict(type=KINDS[gate], frozen=True)
     if gate == 'glance':
         changes['gate']['blocks'] = max(1, len(dense.backbone.layers) // BLOCKS_PER_GLANCED)
@@ -273,7 +273,8 @@ def write(config: Config, model: nn.Module, changes: dict, metainfo: dict, out: 
     """Writes ``checkpoint.pth``, then ``config.py`` and ``train.py``; each is there as a whole or not at all.
 
     ``train.py`` is for training, with the gate as it is here. It begins with the weights that the dense segmentor's
-    config begins with, and with all tokens fine (:class:`.DenseFirstHook`); if the gate looks through blocks, with these here, for it knows no others.
+    config begins with, and with all tokens fine (:class:`.DenseFirstHook`); if the gate looks through blocks, with
+    these here, for it knows no others.
 
     Args:
         config: of the dense segmentor, which the new one inherits from.
@@ -291,7 +292,8 @@ def write(config: Config, model: nn.Module, changes: dict, metainfo: dict, out: 
     base = config.filename
     base = base if '::' in base else os.path.relpath(base, out)
     fitted = '{{ fileDirname }}/checkpoint.pth'
-    imports = [name for name in config.get('custom_imports', {}).get('imports', []) if name != 'mmseg_msvit']
+    imports = (config.get('custom_imports') or {}).get('imports') or []
+    imports = [name for name in ([imports] if isinstance(imports, str) else imports) if name != 'mmseg_msvit']
     lines = [
         f'# {Path(base).name} {SIGNATURE}. A higher threshold is more tokens.',
         f'_base_ = {base!r}',
@@ -302,8 +304,8 @@ def write(config: Config, model: nn.Module, changes: dict, metainfo: dict, out: 
     gate = dict(init_cfg=dict(type='Pretrained', checkpoint=fitted, prefix='backbone.gate.'))
     hooks = [*map(dict, config.get('custom_hooks', [])), dict(type='DenseFirstHook')]
     anew = [
-        '# config.py to be trained from the weights that its base begins with, dense for the first half of the steps; the',
-        '# gate stays as it is.',
+        '# config.py to be trained from the weights that its base begins with, dense for the first half of the',
+        '# steps; the gate stays as it is.',
         "_base_ = './config.py'",
         f'model = dict(backbone=dict(gate={gate!r}))',
         f'custom_hooks = {hooks!r}',
