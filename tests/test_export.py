@@ -272,6 +272,24 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 
 @pytest.mark.slow
+def test_a_cascade_answers_by_its_last_head(config, tmp_path):
+    fine = {'type': 'OCRHead', 'ocr_channels': 8, **{k: v for k, v in FCN.items() if k not in ('type', 'num_convs')}}
+    model = MODELS.build(
+        ConfigDict(
+            type='CascadeEncoderDecoder', num_stages=2, backbone=VIT, decode_head=[FCN, fine],
+            data_preprocessor=config.model.data_preprocessor, test_cfg=dict(mode='whole'),
+        )
+    ).eval()  # fmt: skip
+    randomize(model)
+    save_onnx(export_onnx(model), tmp_path / 'model.onnx', metadata(model, config))
+    images = torch.randn(2, 3, 70, 96)
+    found = session(tmp_path / 'model.onnx').run(None, dict(image=images.numpy(), threshold=np.array(0.5, np.float32)))
+    logits, counts = in_torch(model, images, threshold=0.5)
+    assert found[1].tolist() == counts.tolist()
+    np.testing.assert_allclose(found[0], logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_a_file_runs_without_torch_and_by_itself(exported, toy, config, scenes, tmp_path):
     """A graph of some model with the notes of the toy config; test_commands.py has the tool that writes both."""
     file, graph = tmp_path / 'model.onnx', onnx.load(exported('fcn'))
