@@ -166,7 +166,7 @@ def markdown(rows: list) -> str:
 
 
 def draw(rows: list) -> Figure:
-    """mIoU lost over the backbone's MACs, a line for each chooser and number of scales."""
+    """mIoU lost over the backbone's MACs, a line for each chooser and its scales."""
     figure = Figure(figsize=(8, 4.5), dpi=120, layout='constrained')
     axes = figure.subplots()
     curves, usual = {}, min((row['scales'] for row in rows if row['chooser'] not in ('dense', 'smaller')), key=len)

@@ -302,7 +302,7 @@ def write(config: Config, model: nn.Module, changes: dict, metainfo: dict, out: 
         f'load_from = {fitted!r}',
     ]
     gate = dict(init_cfg=dict(type='Pretrained', checkpoint=fitted, prefix='backbone.gate.'))
-    hooks = [*map(dict, config.get('custom_hooks', [])), dict(type='DenseFirstHook')]
+    hooks = [*map(dict, config.get('custom_hooks') or []), dict(type='DenseFirstHook')]
     anew = [
         '# config.py to be trained from the weights that its base begins with, dense for the first half of the',
         '# steps; the gate stays as it is.',
