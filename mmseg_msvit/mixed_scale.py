@@ -59,7 +59,7 @@ class MixedScale(Gated, TakesWeights):
         coarse_embed: ``'resize'`` embeds the area mean of a region; ``'resize+detail'`` adds a :class:`CoarseDetail`.
         out_detail: what the cells of a coarse token have beside what it says of all of them. ``'smooth'``: something
             of their neighbours, see :func:`.out_detail.smooth_coarse`. ``'residual'``: a linear map, at first zero, of
-            their own patch embedding. In each output.
+            their own patch embedding, in each output. ``'none'``: nothing.
         out_type: ``'grid'``, or ``'tokens'`` for heads that read :class:`PackedTokens`; or one for each output.
         input_scale: at test time images are first reduced by this, to whole cells: a little less of everything, where
             coarse tokens are less of some places. Tokens are still counted against those of the whole image.
@@ -92,7 +92,7 @@ class MixedScale(Gated, TakesWeights):
         gate_loss: Union[dict, List[dict], None] = 'default',
         train_tokens: str = 'trimmed',
         coarse_embed: str = 'resize',
-        out_detail: str = 'none',
+        out_detail: str = 'smooth',
         out_type: Union[str, Sequence[str]] = 'grid',
         input_scale: float = 1.0,
         token_budget: Optional[float] = None,
@@ -133,13 +133,15 @@ class MixedScale(Gated, TakesWeights):
         detailed = self.sides[1:] if coarse_embed == 'resize+detail' else ()
         details = [CoarseDetail(self.embed_dims, side) for side in detailed]
         self.coarse_detail, self.coarser_details = details[0] if details else None, nn.ModuleList(details[1:])
-        self.out_detail, self.out_details = out_detail, nn.ModuleList()
+        self.smoothed, self.out_details = self.sides if out_detail == 'smooth' else (), nn.ModuleList()
         outputs = len(self.out_indices) + int(self.out_origin)
         self.out_types = (out_type,) * outputs if isinstance(out_type, str) else tuple(out_type)
         if len(self.out_types) != outputs or not set(self.out_types) <= set(OUT_TYPES):
             raise ValueError(f'out_type must be one of {OUT_TYPES}, or {outputs} of them, got {out_type!r}')
-        if 'tokens' in self.out_types and (out_detail != 'none' or self.output_cls_token):
-            raise ValueError("out_type 'tokens' wants out_detail='none' and output_cls_token=False: both are for grids")
+        if 'tokens' in self.out_types and (out_detail == 'residual' or self.output_cls_token):
+            raise ValueError(
+                "out_type 'tokens' wants out_detail other than 'residual' and output_cls_token=False: they are of grids"
+            )
         if out_detail == 'residual':
             self.out_details = nn.ModuleList(ZeroLinear(self.embed_dims, self.embed_dims) for _ in range(outputs))
         self.layers = nn.ModuleList(self.block(layer) for layer in self.layers)
@@ -308,14 +310,12 @@ class MixedScale(Gated, TakesWeights):
 
     def output(self, x: Tensor, tokens: TokenMap):
         """What the backbone returns of the tokens (N, C) after a block."""
-        grid = tokens.to_grid(x)
-        if self.out_detail == 'smooth':
-            grid = smooth_coarse(grid, tokens, self.sides)
+        grid = smooth_coarse(tokens.to_grid(x), tokens, self.smoothed)
         return [grid, tokens.to_cls(x)] if self.output_cls_token else grid
 
     def _output(self, number: int, x: Tensor, tokens: TokenMap):
         if self.out_types[number] == 'tokens':
-            return PackedTokens(x, tokens, () if self.training else self.observers)
+            return PackedTokens(x, tokens, () if self.training else self.observers, self.smoothed)
         return self.output(x, tokens)
 
     def _check(self, images: Tensor) -> None:

@@ -19,7 +19,7 @@ def smooth_coarse(grid: Tensor, tokens: TokenMap, sides: Sequence[int]) -> Tenso
     Args:
         grid: (B, C, h, w), by :meth:`TokenMap.to_grid`.
         tokens: whose.
-        sides: cells along a token's side at each level, beginning with 1.
+        sides: cells along a token's side at each level, beginning with 1; empty to leave all as it is.
 
     Returns:
         (B, C, h, w), the same in the cells of fine tokens.

@@ -4,7 +4,7 @@ The backbone gives them :class:`.PackedTokens` by ``out_type='tokens'``. Paramet
 their names.
 """
 
-from typing import Sequence, Tuple
+from typing import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,8 @@ from mmseg.registry import MODELS
 from torch import Tensor
 
 from .blocks import Places, block_of
-from .tokens import PackedTokens, TokenMap
+from .out_detail import smooth_coarse
+from .tokens import PackedTokens
 
 
 class TokenHead:
@@ -32,8 +33,8 @@ class TokenHead:
                 f'got {self.input_transform!r}'
             )
 
-    def read(self, inputs: Sequence) -> Tuple[Tensor, TokenMap]:
-        """The tokens of the output at ``in_index``, without cls and registers: (M, C), and where they are.
+    def read(self, inputs: Sequence) -> PackedTokens:
+        """The output at ``in_index``, without cls and registers.
 
         Raises:
             TypeError: it is a grid.
@@ -46,15 +47,15 @@ class TokenHead:
             )
         for observer in found.observers:
             observer(self, found.tokens)
-        return found.tokens.split_prefix(found.x)[1], found.tokens.with_prefix(0)
+        return found._replace(x=found.tokens.split_prefix(found.x)[1], tokens=found.tokens.with_prefix(0))
 
-    def write(self, x: Tensor, tokens: TokenMap) -> Tensor:
-        """What the tokens (M, K) say to logits (B, K, h, w).
+    def write(self, x: Tensor, packed: PackedTokens) -> Tensor:
+        """What is said of the tokens that were read, (M, K), to logits (B, K, h, w).
 
         At test time classes are last in memory, and stay so: mmseg's upsampling and argmax then take half the time on a
         CPU. Its loss would take twice as long.
         """
-        logits = tokens.to_grid(x)
+        logits = smooth_coarse(packed.tokens.to_grid(x), packed.tokens, packed.smoothed)
         return logits if self.training else logits.contiguous(memory_format=torch.channels_last)
 
     def macs(self, tokens: int) -> int:
@@ -89,11 +90,12 @@ class TokenLinearHead(TokenHead, FCNHead):
 
     def forward(self, inputs: Sequence) -> Tensor:
         """Outputs of the backbone to logits (B, classes, h, w)."""
-        x, tokens = self.read(inputs)  # (M, C)
+        packed = self.read(inputs)
+        x, tokens = packed.x, packed.tokens  # (M, C)
         if self.training and self.dropout is not None:  # mmseg's drops channels of an image
             kept = self.dropout(x.new_ones(tokens.images, x.shape[1], 1, 1)).flatten(1)  # (B, C)
             x = x * kept[tokens.image]
-        logits = self.write(F.linear(x, self.conv_seg.weight.flatten(1)), tokens)  # (B, classes, h, w)
+        logits = self.write(F.linear(x, self.conv_seg.weight.flatten(1)), packed)  # (B, classes, h, w)
         return logits + self.conv_seg.bias[:, None, None]  # here, so that weights of tokens do not weigh it
 
     def macs(self, tokens: int) -> int:
@@ -114,7 +116,8 @@ class TokenSegmenterHead(TokenHead, SegmenterMaskTransformerHead):
 
     def forward(self, inputs: Sequence) -> Tensor:
         """Outputs of the backbone to masks (B, classes, h, w)."""
-        x, tokens = self.read(inputs)  # (M, C)
+        packed = self.read(inputs)
+        x, tokens = packed.x, packed.tokens  # (M, C)
         queried = tokens.with_prefix(self.num_classes)
         queries = self.cls_emb.expand(tokens.images, -1, -1)  # (B, K, C)
         x = queried.join_prefix(queries, self.dec_proj(x))  # (N, C)
@@ -124,7 +127,7 @@ class TokenSegmenterHead(TokenHead, SegmenterMaskTransformerHead):
         queries = F.normalize(self.classes_proj(queries), dim=2)
         x = F.normalize(self.patch_proj(x), dim=1)
         masks = self.mask_norm(tokens.against(x, queries))  # (M, K)
-        return self.write(masks, tokens)  # (B, K, h, w)
+        return self.write(masks, packed)  # (B, K, h, w)
 
     def macs(self, tokens: int) -> int:
         queries, (dims, inner) = self.num_classes, (self.dec_proj.in_features, self.dec_proj.out_features)

@@ -5,7 +5,7 @@ lie one after the other, image after image, in one pack of N rows without paddin
 """
 
 from dataclasses import dataclass, replace
-from typing import Callable, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Callable, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -228,11 +228,14 @@ class PackedTokens(NamedTuple):
         x: (N, C) features, prefix rows among them.
         tokens: where they are.
         observers: who counts this pass: each is to be called with (head, tokens).
+        smoothed: cells along a token's side at each level, for :func:`.out_detail.smooth_coarse` of what a head says of
+            tokens; empty where coarse tokens are copied.
     """
 
     x: Tensor
     tokens: TokenMap
     observers: Iterable[Callable] = ()
+    smoothed: Sequence[int] = ()
 
 
 def cumulative(counts: Tensor) -> Tensor:

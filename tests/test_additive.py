@@ -90,7 +90,7 @@ class MergingViT(MSViT):
 @pytest.mark.parametrize('gate', [dict(type='FixedGate', coarse=False), dict(type='VarianceGate')])
 def test_a_reducer_between_blocks(gate):
     MODELS.register_module(module=MergingViT)
-    model = MODELS.build(dict(type='MergingViT', gate=gate, with_cls_token=False, **SMALL)).eval()
+    model = MODELS.build(dict(type='MergingViT', gate=gate, with_cls_token=False, out_detail='none', **SMALL)).eval()
     randomize(model)
     rows = []
     for layer in model.layers:

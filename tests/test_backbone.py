@@ -219,7 +219,7 @@ def test_out_detail_adds_a_map_of_their_own_pixels_to_the_cells_of_coarse_region
 @pytest.mark.parametrize('size', [(64, 64), (80, 112)])
 def test_smooth_coarse_tokens_alone_are_the_linear_interpolation_of_their_grid(scales, size):
     model = build_msvit(gate=dict(type='FixedGate', coarse=True), scales=scales, out_detail='smooth')
-    plain = build_msvit(gate=dict(type='FixedGate', coarse=True), scales=scales)
+    plain = build_msvit(gate=dict(type='FixedGate', coarse=True), scales=scales, out_detail='none')
     plain.load_state_dict(model.state_dict())
     images, side = torch.randn(2, 3, *size), scales[-1] // 16
     for smooth, grid in zip(model(images), plain(images)):
@@ -237,7 +237,7 @@ def test_smooth_coarse_tokens_alone_are_the_linear_interpolation_of_their_grid(s
 def test_smooth_cells_are_those_of_the_definition(scales, train_tokens):
     options = dict(scales=scales, train_tokens=train_tokens, **LEARNED)
     model = build_msvit(out_detail='smooth', **options).double()
-    plain = build_msvit(**options).double()
+    plain = build_msvit(out_detail='none', **options).double()
     plain.load_state_dict(model.state_dict())
     images, grids = torch.randn(2, 3, 96, 128, dtype=torch.float64), []
     seen = watch_tokens(model)

@@ -65,7 +65,7 @@ def test_what_a_classifier_cannot_do_is_refused(registry):
     build(registry, train_tokens='active', gate=dict(type='MLPGate', frozen=True))
     with pytest.raises(ValueError, match='with_cls_token must be True'):
         build(registry, with_cls_token=False)
-    with pytest.raises(ValueError, match="out_detail must be 'none' in a classifier"):
+    with pytest.raises(ValueError, match="out_detail must not be 'residual' in a classifier"):
         build(registry, out_detail='residual')
 
 

@@ -74,12 +74,11 @@ def test_the_dense_twin_of_dinov2_differs_by_its_gate(name):
     ours, twin = load(name).model, load(name.replace('msvit-', '').replace('token-', '')).model
     if 'token-mask' in name:  # the head's type and what it reads, and nothing else
         assert ours.backbone.pop('out_type') == 'tokens' and ours.decode_head.type == 'TokenSegmenterHead'
-        assert ours.backbone.out_detail == 'none'
         ours.decode_head.type = twin.decode_head.type
     assert twin.backbone.gate == dict(type='FixedGate', coarse=False)
     assert {k: v for k, v in ours.items() if k != 'backbone'} == {k: v for k, v in twin.items() if k != 'backbone'}
     differing = {k for k in {**ours.backbone, **twin.backbone} if ours.backbone.get(k) != twin.backbone.get(k)}
-    assert differing == {'gate', 'gate_loss', 'train_tokens', 'out_detail'}
+    assert differing == {'gate', 'gate_loss', 'train_tokens'}
     # what a linear probe of DINOv2 falls short without
     assert ours.backbone.final_norm and ours.backbone.norm_cfg.eps == 1e-6 and ours.data_preprocessor.bgr_to_rgb
     assert ours.data_preprocessor.mean == [123.675, 116.28, 103.53] and ours.backbone.img_size == 518

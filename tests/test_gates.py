@@ -84,7 +84,8 @@ def twin_of_coarse(blocks, **options):
     options = {**SMALL, 'type': 'MSViT', 'num_layers': 3, **options}
     ours = MODELS.build(dict(options, gate=dict(type='GlanceGate', blocks=blocks, init_coarse=0.5))).eval()
     randomize(ours)
-    coarse = MODELS.build(dict(options, gate=dict(type='FixedGate', coarse=True), out_indices=blocks - 1)).eval()
+    all_coarse = dict(gate=dict(type='FixedGate', coarse=True), out_indices=blocks - 1, out_detail='none')
+    coarse = MODELS.build({**options, **all_coarse}).eval()
     coarse.load_state_dict({k: v for k, v in ours.state_dict().items() if not k.startswith(('gate', 'coarser_gates'))})
     return ours, coarse
 

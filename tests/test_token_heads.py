@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmseg_msvit.flops import HeadMacs, pass_costs
 from mmseg_msvit.inspection import record_tokens
+from mmseg_msvit.out_detail import smooth_coarse
 from mmseg_msvit.tokens import PackedTokens
 
 CLASSES = 5
@@ -91,7 +92,7 @@ def test_linear_is_fcn_on_any_tokens_in_training_too(scales, mode):
 @pytest.mark.parametrize('size', [(128, 128), (70, 100)])
 def test_masks_are_what_mmsegs_head_says_of_each_images_tokens(scales, size):
     """Block-diagonal: an image's tokens, laid out as a row of cells, through mmseg's own head."""
-    ours, theirs = twins('mask', scales=scales, num_register_tokens=1)
+    ours, theirs = twins('mask', scales=scales, num_register_tokens=1, out_detail='none')
     force_random_logits(ours.backbone, 4, (-(-size[0] // 16), -(-size[1] // 16)))
     packed = ours.backbone(torch.randn(4, 3, *size))[-1]
     masks, tokens = ours.decode_head([packed]), packed.tokens
@@ -100,6 +101,8 @@ def test_masks_are_what_mmsegs_head_says_of_each_images_tokens(scales, size):
         alone = theirs.decode_head([rows[2:].T[None, :, None]])[0, :, 0]  # (K, n), after cls and a register
         first = int(tokens.cu_seqlens[image]) + 2
         torch.testing.assert_close(masks[image], alone[:, tokens.cover[0, image] - first], rtol=1e-4, atol=1e-5)
+    smooth = ours.decode_head([packed._replace(smoothed=ours.backbone.sides)])
+    assert torch.equal(smooth, smooth_coarse(masks, tokens, ours.backbone.sides)) and not torch.equal(smooth, masks)
 
 
 @torch.no_grad()
@@ -233,7 +236,7 @@ def test_other_leading_rows_leave_cells_and_their_tokens(count, mode):
     force_random_logits(model.backbone, 3, (5, 7))
     with torch.enable_grad():
         packed = model.train(mode != 'test').backbone(torch.randn(3, 3, 70, 100))[-1]
-    x, tokens, _ = packed
+    x, tokens = packed.x, packed.tokens
     leading, x2 = tokens.split_prefix(x)
     assert torch.equal(tokens.join_prefix(leading, x2), x)
     assert torch.equal(leading, x[tokens.prefix_rows()])
@@ -276,7 +279,7 @@ def test_out_type_of_each_output():
     [
         (dict(out_type='cells'), "out_type must be one of .*'tokens'.*cells"),
         (dict(out_type=('grid',)), 'out_type .* 2 of them'),
-        (dict(out_type='tokens', out_detail='residual'), "out_detail='none'"),
+        (dict(out_type='tokens', out_detail='residual'), "out_detail other than 'residual'"),
         (dict(out_type='tokens', output_cls_token=True), 'output_cls_token=False'),
     ],
 )

@@ -31,7 +31,7 @@ from mmseg_msvit.tooling.command_line import (
     write_whole,
 )
 from mmseg_msvit.tooling.dense_pass import find_images, find_test_images, gather
-from mmseg_msvit.tooling.gate_fitting import OUT_DETAIL, convert, fit, gate_logits, shared_size
+from mmseg_msvit.tooling.gate_fitting import convert, fit, gate_logits, shared_size
 from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
 from mmseg_msvit.whole_models import OF_GATES
 
@@ -61,7 +61,7 @@ class Contest:
         self.model = load_model(config, checkpoint, args.device, PLAIN_VITS)
         claim(
             folder / 'of.json', checkpoint=file_digest(checkpoint), config=digest(config.pretty_text), limit=args.limit,
-            fit_images=args.fit_images, fit_budget=args.fit_budget, steps=args.steps, out_detail=OUT_DETAIL,
+            fit_images=args.fit_images, fit_budget=args.fit_budget, steps=args.steps,
         )  # fmt: skip
         self.reader = FileReader(config)
         self.file = folder / 'results.json'

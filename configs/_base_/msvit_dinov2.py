@@ -5,5 +5,4 @@ custom_hooks = [dict(type='GateLossHook')]
 learned_gate = dict(
     gate=dict(_delete_=True, type='ContextGate', init_coarse=0.05),
     train_tokens='active',
-    out_detail='smooth',
 )

@@ -37,8 +37,6 @@ BLOCKS_PER_GLANCED = 4
 # Images smaller than this lost more than coarser regions did, at the two budgets where it was tried.
 SMALLEST = 0.85
 BATCH = 8
-# What coarse tokens are on the grid of a converted model, unless the dense one's config says it.
-OUT_DETAIL = 'smooth'
 # What a converted model's folder holds, and the words in its config by which it is known.
 WRITTEN = ('config.py', 'checkpoint.pth', 'train.py', 'picture.png')
 SIGNATURE = 'with a gate that was fitted to it'
@@ -236,8 +234,6 @@ def convert(config: Config, dense: nn.Module, gate: str, scales: Sequence[int]) 
     changes['gate'] = dict(type=KINDS[gate], frozen=True)
     if gate == 'glance':
         changes['gate']['blocks'] = max(1, len(dense.backbone.layers) // BLOCKS_PER_GLANCED)
-    if 'out_detail' not in own and 'tokens' not in own.get('out_type', ()):  # neither the one, nor in a list
-        changes['out_detail'] = OUT_DETAIL
     kept = {name: value for name, value in own.items() if name not in ('gate', *changes)}
     try:
         model = MODELS.build(ConfigDict({**config.model, 'backbone': {**kept, **changes}}))
