@@ -28,9 +28,10 @@ def smooth_coarse(grid: Tensor, tokens: TokenMap, sides: Sequence[int]) -> Tenso
         coarse = tokens.to_grid((tokens.level >= level)[:, None].to(grid.dtype))  # (B, 1, h, w), 0 or 1
         step, smooth = sides[level] // 2, grid
         for dim in (2, 3):
-            place = torch.arange(grid.shape[dim], device=grid.device)
-            before, after = (place - step).clamp(min=0), torch.minimum(place + step, place[-1])
-            smooth = (smooth.index_select(dim, before) + smooth.index_select(dim, after)) / 4 + smooth / 2
+            n = grid.shape[dim]
+            first, last = smooth.narrow(dim, 0, 1), smooth.narrow(dim, n - 1, 1)
+            padded = torch.cat([first] * step + [smooth] + [last] * step, dim)
+            smooth = (padded.narrow(dim, 0, n) + padded.narrow(dim, 2 * step, n)) / 4 + smooth / 2
         grid = grid + (smooth - grid) * coarse
     return grid
 
