@@ -21,17 +21,19 @@ class ClassificationMSViT(MSViT):
     Its state dict has the same keys, so that a classifier's checkpoint gives a segmentor its gate, or everything.
 
     Raises:
-        ValueError: there is no cls token, or ``out_detail='residual'``; or ``train_tokens='active'`` with a gate that
-            learns: in a classifier the task's gradient reaches the gate only through the weights of the attention,
-            which 'active' has none of.
+        ValueError: there is no cls token, ``out_detail='residual'`` or ``out_type='tokens'``; or
+            ``train_tokens='active'`` with a gate that learns: in a classifier the task's gradient reaches the gate
+            only through the weights of the attention, which 'active' has none of.
     """
 
     def __init__(self, **kwargs):
         super().__init__(**{'final_norm': True, 'norm_cfg': dict(type='LN', eps=1e-6), **kwargs})
         if not self.with_cls_token:
             raise ValueError('with_cls_token must be True: a classifier reads the cls token')
-        if self.out_details:
-            raise ValueError("out_detail must not be 'residual' in a classifier, whose output is no grid")
+        if self.out_details or 'tokens' in self.out_types:
+            raise ValueError(
+                "a classifier reads the cls token: it wants no out_detail='residual' and no out_type='tokens'"
+            )
         if self.gate_learns and self.select.train_tokens == 'active':
             raise ValueError(
                 "train_tokens must be 'trimmed' or 'all' where a classifier's gate learns, got 'active', "

@@ -59,7 +59,7 @@ class MixedScale(Gated, TakesWeights):
         coarse_embed: ``'resize'`` embeds the area mean of a region; ``'resize+detail'`` adds a :class:`CoarseDetail`.
         out_detail: what the cells of a coarse token have beside what it says of all of them. ``'smooth'``: something
             of their neighbours, see :func:`.out_detail.smooth_coarse`. ``'residual'``: a linear map, at first zero, of
-            their own patch embedding, in each output. ``'none'``: nothing.
+            their own patch embedding, in each output. ``'none'``: nothing, as in the paper.
         out_type: ``'grid'``, or ``'tokens'`` for heads that read :class:`PackedTokens`; or one for each output.
         input_scale: at test time images are first reduced by this, to whole cells: a little less of everything, where
             coarse tokens are less of some places. Tokens are still counted against those of the whole image.

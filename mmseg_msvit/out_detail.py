@@ -14,7 +14,8 @@ def smooth_coarse(grid: Tensor, tokens: TokenMap, sides: Sequence[int]) -> Tenso
     """Lets coarse tokens go over into each other, where a copy of one in each of its cells ends at the next one's edge.
 
     A cell of a coarse token becomes 1/4, 1/2, 1/4 of itself and its neighbours, along both axes: where all tokens are
-    2 x 2 cells, this is the linear interpolation of their grid. Larger ones go first, by steps of half their side.
+    2 x 2 cells, this is the linear interpolation of their grid. Larger ones go first, by steps of half their side, of
+    half that, and so on down to the side of the next smaller ones. Chosen here: the paper copies.
 
     Args:
         grid: (B, C, h, w), by :meth:`TokenMap.to_grid`.
@@ -26,13 +27,20 @@ def smooth_coarse(grid: Tensor, tokens: TokenMap, sides: Sequence[int]) -> Tenso
     """
     for level in range(len(sides) - 1, 0, -1):
         coarse = tokens.to_grid((tokens.level >= level)[:, None].to(grid.dtype))  # (B, 1, h, w), 0 or 1
-        step, smooth = sides[level] // 2, grid
-        for dim in (2, 3):
-            n = grid.shape[dim]
-            first, last = smooth.narrow(dim, 0, 1), smooth.narrow(dim, n - 1, 1)
-            padded = torch.cat([first] * step + [smooth] + [last] * step, dim)
-            smooth = (padded.narrow(dim, 0, n) + padded.narrow(dim, 2 * step, n)) / 4 + smooth / 2
-        grid = grid + (smooth - grid) * coarse
+        step = sides[level] // 2
+        while step >= sides[level - 1]:
+            grid = grid + (_among_neighbours(grid, step) - grid) * coarse
+            step //= 2
+    return grid
+
+
+def _among_neighbours(grid: Tensor, step: int) -> Tensor:
+    """1/4, 1/2, 1/4 of the cells (B, C, h, w) and those some steps before and after them, or the border's."""
+    for dim in (2, 3):
+        n = grid.shape[dim]
+        first, last = grid.narrow(dim, 0, 1), grid.narrow(dim, n - 1, 1)
+        padded = torch.cat([first] * step + [grid] + [last] * step, dim)
+        grid = (padded.narrow(dim, 0, n) + padded.narrow(dim, 2 * step, n)) / 4 + grid / 2
     return grid
 
 

@@ -86,7 +86,7 @@ def sample_figure(
     height, width = seen_size(backbone, tokens, sample)
     image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
     grid = draw_tokens(image, tokens, backbone.patch_size, backbone.sides)
-    panels = [('image', image), (f'{(tokens.level >= 0).sum()} tokens of {tokens.cover[0].numel()}', grid)]
+    panels = [('image', image), (f'{(tokens.level >= 0).sum()} tokens of {tokens.dense_length - tokens.prefix}', grid)]
     logits = decision.logits if decision else ()
     for level, region in zip(logits, backbone.scales[1:]):
         of = '' if len(logits) == 1 else f', {region} px'

@@ -93,6 +93,17 @@ def test_the_tool_goes_on_where_it_stopped(dense, tool, tmp_path, capsys):
     assert 'a folder for results of checkpoint ' in tool(line[0], dense[0], rewritten(dense[1], tmp_path), *line[3:])
     end = f'a folder for results of limit 2, got {tmp_path}/run_0 with those of limit None'
     assert tool(*line, '--limit', 2).endswith(end)
+    mark = tmp_path / 'run_0/of.json'
+    mark.write_text(json.dumps(dict(json.loads(mark.read_text()), copied=True)))  # a setting that there is no more
+    assert tool(*line).endswith('got ' + f'{tmp_path}/run_0 with those of copied True')
+
+
+def test_a_model_with_a_gate_is_no_dense_one(dense, tool, tmp_path):
+    config = load_config(dense[0])
+    config.model.backbone = dict(config.model.backbone, type='MSViT', gate=dict(type='VarianceGate'))
+    config.dump(str(tmp_path / 'gated.py'))
+    refused = tool('arena.py', tmp_path / 'gated.py', dense[1], '--out', tmp_path / 'out')
+    assert "gate=dict(type='FixedGate', coarse=False), got one with VarianceGate" in refused
 
 
 @pytest.mark.slow

@@ -215,7 +215,7 @@ def test_out_detail_adds_a_map_of_their_own_pixels_to_the_cells_of_coarse_region
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('scales', [(16, 32), (16, 32, 64)])
+@pytest.mark.parametrize('scales', [(16, 32), (16, 64), (16, 32, 64)])
 @pytest.mark.parametrize('size', [(64, 64), (80, 112)])
 def test_smooth_coarse_tokens_alone_are_the_linear_interpolation_of_their_grid(scales, size):
     model = build_msvit(gate=dict(type='FixedGate', coarse=True), scales=scales, out_detail='smooth')
@@ -225,7 +225,7 @@ def test_smooth_coarse_tokens_alone_are_the_linear_interpolation_of_their_grid(s
     for smooth, grid in zip(model(images), plain(images)):
         h, w = grid.shape[2:]
         known = wanted = grid[..., ::side, ::side]
-        for _ in scales[1:]:  # twice as fine each time
+        for _ in range(side.bit_length() - 1):  # twice as fine each time
             wanted = torch.nn.functional.interpolate(wanted, scale_factor=2, mode='bilinear', align_corners=False)
         inside = [slice(0, cells - cells % side) for cells in (h, w)]  # regions that are whole
         torch.testing.assert_close(smooth[..., inside[0], inside[1]], wanted[..., inside[0], inside[1]])
@@ -233,7 +233,7 @@ def test_smooth_coarse_tokens_alone_are_the_linear_interpolation_of_their_grid(s
 
 
 @pytest.mark.parametrize('train_tokens', ['active', 'trimmed', 'all'])
-@pytest.mark.parametrize('scales', [(16, 32), (16, 32, 64)])
+@pytest.mark.parametrize('scales', [(16, 32), (16, 64), (16, 48), (16, 32, 64)])
 def test_smooth_cells_are_those_of_the_definition(scales, train_tokens):
     options = dict(scales=scales, train_tokens=train_tokens, **LEARNED)
     model = build_msvit(out_detail='smooth', **options).double()
@@ -246,11 +246,13 @@ def test_smooth_cells_are_those_of_the_definition(scales, train_tokens):
         grids.append(backbone.train()(images)[-1])
     tokens, (smooth, wanted) = seen[0][0], grids
     for level, side in reversed(list(enumerate(model.sides))[1:]):
-        coarse, step, before = tokens.to_grid((tokens.level >= level)[:, None].double()), side // 2, wanted.clone()
+        coarse = tokens.to_grid((tokens.level >= level)[:, None].double())
         assert 0 < coarse.mean() < 1
-        for b, _, y, x in (coarse == 1).nonzero().tolist():
-            ys, xs = ([max(at - step, 0), at, at, min(at + step, n - 1)] for at, n in ((y, 6), (x, 8)))
-            wanted[b, :, y, x] = sum(before[b, :, v, u] for v in ys for u in xs) / 16
+        for step in {2: [1], 3: [1], 4: [2, 1][: 1 + (level == 1)]}[side]:
+            before = wanted.clone()
+            for b, _, y, x in (coarse == 1).nonzero().tolist():
+                ys, xs = ([max(at - step, 0), at, at, min(at + step, n - 1)] for at, n in ((y, 6), (x, 8)))
+                wanted[b, :, y, x] = sum(before[b, :, v, u] for v in ys for u in xs) / 16
     torch.testing.assert_close(smooth, wanted)
     assert not torch.equal(smooth, grids[1])
     smooth.square().sum().backward()

@@ -65,8 +65,9 @@ def test_what_a_classifier_cannot_do_is_refused(registry):
     build(registry, train_tokens='active', gate=dict(type='MLPGate', frozen=True))
     with pytest.raises(ValueError, match='with_cls_token must be True'):
         build(registry, with_cls_token=False)
-    with pytest.raises(ValueError, match="out_detail must not be 'residual' in a classifier"):
-        build(registry, out_detail='residual')
+    for options in (dict(out_detail='residual'), dict(out_type='tokens')):
+        with pytest.raises(ValueError, match="no out_detail='residual' and no out_type='tokens'"):
+            build(registry, **options)
 
 
 @pytest.mark.parametrize('name', sorted(p.name for p in (ROOT / 'configs/imagenet').glob('*.py')))

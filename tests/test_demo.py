@@ -80,6 +80,8 @@ def test_large_images_are_reduced_and_no_picture_is_refused(explorer, monkeypatc
     monkeypatch.setattr('mmseg_msvit.tooling.explorer.LONGEST', 100)
     _, jpeg = cv2.imencode('.jpg', np.zeros((200, 400, 3), np.uint8))
     assert explorer.open(jpeg.tobytes()).pixels.shape == (50, 100, 3)
+    _, line = cv2.imencode('.png', np.zeros((1, 400, 3), np.uint8))
+    assert explorer.open(line.tobytes()).pixels.shape == (1, 100, 3)
     for broken in (b'', b'no picture', jpeg.tobytes()[:20]):
         with pytest.raises(InputError, match='image: wanted a picture .* got a file that is none or is broken'):
             explorer.look(broken, 'budget', 0.5)

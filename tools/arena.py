@@ -31,7 +31,7 @@ from mmseg_msvit.tooling.command_line import (
     write_whole,
 )
 from mmseg_msvit.tooling.dense_pass import find_images, find_test_images, gather
-from mmseg_msvit.tooling.gate_fitting import convert, fit, gate_logits, shared_size
+from mmseg_msvit.tooling.gate_fitting import convert, dense_backbone, fit, gate_logits, shared_size
 from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
 from mmseg_msvit.whole_models import OF_GATES
 
@@ -59,6 +59,7 @@ class Contest:
     def __init__(self, args, config, checkpoint: str, folder: Path):
         self.args, self.config, self.folder = args, config, folder
         self.model = load_model(config, checkpoint, args.device, PLAIN_VITS)
+        dense_backbone(self.model, config.filename)
         claim(
             folder / 'of.json', checkpoint=file_digest(checkpoint), config=digest(config.pretty_text), limit=args.limit,
             fit_images=args.fit_images, fit_budget=args.fit_budget, steps=args.steps,

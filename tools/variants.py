@@ -36,7 +36,7 @@ from mmseg_msvit.tooling.command_line import (
     write_json,
 )
 from mmseg_msvit.tooling.dense_pass import find_test_images, gather
-from mmseg_msvit.tooling.gate_fitting import gate_logits, shared_size
+from mmseg_msvit.tooling.gate_fitting import dense_backbone, gate_logits, shared_size
 from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
 
 BASE = Path(__file__).parent.parent / 'configs/_base_/msvit.py'
@@ -137,6 +137,7 @@ def test(config: Config, checkpoint: str, name: str, budget: float, device: str)
 def test_dense(config: Config, checkpoint: str, device: str) -> float:
     """The mIoU of the dense segmentor."""
     model = load_model(config, checkpoint, device, PLAIN_VITS)
+    dense_backbone(model, config.filename)
     return dense(model, over_test_set(model, config)[0]).miou
 
 

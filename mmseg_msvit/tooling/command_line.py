@@ -85,7 +85,7 @@ def claim(mark: Path, **settings) -> None:
         InputError: the results are of other settings; the message names them.
     """
     known = json.loads(mark.read_text()) if mark.exists() else settings
-    other = [name for name in settings if known.get(name) != settings[name]]
+    other = [name for name in {**known, **settings} if known.get(name) != settings.get(name)]
     if other:
         wanted, got = (', '.join(f'{name} {str(each.get(name))[:12]}' for name in other) for each in (settings, known))
         raise InputError(f'--out: wanted a folder for results of {wanted}, got {mark.parent} with those of {got}')

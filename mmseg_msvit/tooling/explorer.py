@@ -55,7 +55,8 @@ class Explorer:
         if pixels is None:
             raise InputError('image: wanted a picture (JPEG, PNG, WebP, BMP), got a file that is none or is broken')
         shrink = min(1, LONGEST / max(pixels.shape))
-        pixels = cv2.resize(pixels, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
+        height, width = (max(1, round(shrink * side)) for side in pixels.shape[:2])
+        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
         with TemporaryDirectory() as folder:
             path = Path(folder) / 'image.png'
             cv2.imwrite(str(path), pixels)

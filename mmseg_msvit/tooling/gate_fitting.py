@@ -225,9 +225,14 @@ def convert(config: Config, dense: nn.Module, gate: str, scales: Sequence[int]) 
         The model in evaluation mode, and what the config's backbone becomes.
 
     Raises:
-        InputError: the scales do not fit the backbone's patches.
+        InputError: the scales do not fit the backbone's patches, or what it has learned for coarse tokens.
     """
-    own = config.model.backbone
+    own, detailed = config.model.backbone, getattr(dense.backbone, 'details', [])
+    if detailed and dense.backbone.scales != tuple(scales):
+        raise InputError(
+            f"--scales: wanted {dense.backbone.scales}, for which the dense model has coarse_embed='resize+detail', "
+            f'got {tuple(scales)}'
+        )
     changes = dict(type=STANDS_IN[type(dense.backbone).__name__], scales=tuple(scales))
     if changes['type'] == 'MSViT' and not isinstance(dense.backbone, MixedScale):
         changes['patch_bias'] = True  # zero where the dense one has none; pretrained files have one, which mmseg drops
