@@ -166,15 +166,16 @@ class GeneralizedBatchShapingLoss(ShareLoss):
     """The loss of MSViT: for each position of the region grid a relaxed-Bernoulli prior with a learned mean.
 
     The means themselves follow a Gaussian hyperprior, so that the gate may learn that skies are at the top. The
-    priors live on the base grid and are interpolated to that of the images. The batches of segmentation are small:
-    the empirical CDF is taken over all ranks and a memory of earlier values, which is part of a checkpoint. Ranks may
-    differ in their number of images, not in their region grid.
+    priors live on the base grid and are interpolated to that of the images. The empirical CDF is taken over all ranks,
+    which may differ in their number of images, not in their region grid. It wants at least two images there; with more
+    of them the gate becomes surer. One is not enough to teach it that images differ.
 
-    In the gradient, remembered values move along with the mean of the batch's, as they would if the gate was asked
-    again. If they stood still, a gate that does not tell images apart yet would run past its target to the end: its new
-    answers are all on one side of the remembered ones, and a batch is shaped by spreading it. They still lag behind:
-    where a gate changes fast and the batch is small, its share swings around the target. One image, over all ranks, is
-    not enough for the loss to teach a gate that images differ.
+    It can have a memory of earlier values, too, which is part of a checkpoint. In the gradient, remembered values move
+    along with the mean of the batch's, as they would if the gate was asked again. If they stood still, a gate that does
+    not tell images apart yet would run past its target to the end: its new answers are all on one side of the
+    remembered ones, and a batch is shaped by spreading it. What they hold of the spread is still that of the past: to
+    be coarse everywhere for some steps and fine for some others is as good as to tell regions apart, and gates were
+    seen to do so (``docs/benchmarks.md``). So there is none by default.
 
     Args:
         target_coarse: mean of the hyperprior: the wanted share of coarse regions.
@@ -183,7 +184,7 @@ class GeneralizedBatchShapingLoss(ShareLoss):
         temperature: first temperature of the priors.
         temperature_weight: factor of the penalty mean(tau^2), which keeps the priors bimodal; chosen here.
         hyperprior_weight: factor of the hyperprior's loss; chosen here.
-        memory_size: how many earlier maps are kept, each on the base grid by nearest neighbours; chosen here.
+        memory_size: how many earlier maps are kept, each on the base grid by nearest neighbours.
     """
 
     default_name = 'loss_gbas'
@@ -194,7 +195,7 @@ class GeneralizedBatchShapingLoss(ShareLoss):
         temperature: float = 0.3,
         temperature_weight: float = 0.01,
         hyperprior_weight: float = 1.0,
-        memory_size: int = 64,
+        memory_size: int = 0,
         **kwargs,
     ):
         super().__init__(**kwargs)

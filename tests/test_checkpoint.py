@@ -382,7 +382,8 @@ def test_a_gate_of_another_shape_is_refused(tmp_path):
 
 
 def test_a_segmentor_for_another_image_size_is_loaded_with_its_gate_and_the_memory_of_its_losses(tmp_path):
-    source, model = (MODELS.build(segmentor(gate=dict(type='MLPGate'), img_size=size)) for size in (64, 128))
+    options = dict(gate=dict(type='MLPGate'), gate_loss=dict(type='GeneralizedBatchShapingLoss', memory_size=64))
+    source, model = (MODELS.build(segmentor(img_size=size, **options)) for size in (64, 128))
     randomize(source)
     torch.save(source.state_dict(), tmp_path / 'a.pth')
     load_segmentor(model, str(tmp_path / 'a.pth'))
