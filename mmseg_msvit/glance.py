@@ -1,11 +1,9 @@
 """What a ViT's first blocks make of an image that is all coarse, for gates that look through them."""
 
-from contextlib import contextmanager
-from typing import Iterator
-
 import torch
 from torch import Tensor, nn
 
+from .evaluation import in_evaluation
 from .gates import Gate
 from .selection import uniform_tokens
 from .tokens import Grid, region_grid
@@ -35,16 +33,3 @@ def glance(backbone: nn.Module, images: Tensor, grid: Grid, gate: Gate) -> Tenso
             x = layer(x, tokens, places)
     x = x.unflatten(0, (images.shape[0], -1))[:, tokens.prefix :]  # (B, hc * wc, C)
     return x.mT.unflatten(2, region_grid(grid, backbone.sides[level]))
-
-
-@contextmanager
-def in_evaluation(*parts: nn.Module) -> Iterator[None]:
-    """Inside the ``with`` block these are in evaluation mode; where they are already, nothing is touched."""
-    training = [module for part in parts for module in part.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

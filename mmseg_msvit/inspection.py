@@ -10,7 +10,7 @@ from mmengine.dataset import pseudo_collate
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from .glance import in_evaluation
+from .evaluation import in_evaluation
 from .mixed_scale import MixedScale
 from .selection import Decision
 from .tokens import TokenMap, shrunk_grid
