@@ -81,13 +81,15 @@ class Attention(nn.Module):
     """Self-attention inside each image of a pack. Families differ in how they make queries, keys and values.
 
     Args:
+        dims: C.
         num_heads: heads.
         dropout: of attention weights.
         proj_drop: what follows the output projection.
     """
 
-    def __init__(self, num_heads: int, dropout: float, proj_drop: nn.Module):
+    def __init__(self, dims: int, num_heads: int, dropout: float, proj_drop: nn.Module):
         super().__init__()
+        self.dims = dims
         self.num_heads = num_heads
         self.dropout = dropout
         self.proj_drop = proj_drop
@@ -118,8 +120,8 @@ class Attention(nn.Module):
         return self.proj_drop(self.project_out(out.flatten(1)))
 
     def macs(self, tokens: int) -> int:
-        """Multiply-accumulates for one image: the projections of its tokens, and 2 n^2 C for scores and values."""
-        raise NotImplementedError
+        """Multiply-accumulates for one image: four projections of each token, and 2 n^2 C for scores and values."""
+        return tokens * 4 * self.dims**2 + 2 * tokens**2 * self.dims
 
 
 class FusedProjectionAttention(Attention):
@@ -131,7 +133,7 @@ class FusedProjectionAttention(Attention):
     """
 
     def __init__(self, attn: nn.Module, key_bias: bool = True):
-        super().__init__(attn.attn.num_heads, attn.attn.dropout, attn.proj_drop)
+        super().__init__(attn.embed_dims, attn.attn.num_heads, attn.attn.dropout, attn.proj_drop)
         self.attn = attn.attn
         self.key_bias = key_bias
 
@@ -145,9 +147,6 @@ class FusedProjectionAttention(Attention):
     def project_out(self, x: Tensor) -> Tensor:
         return self.attn.out_proj(x)
 
-    def macs(self, tokens: int) -> int:
-        return attention_macs(tokens, self.attn.embed_dim)
-
 
 class RelativeAttention(Attention):
     """BEiT's and MAE's in mmseg: scores have a bias by the places of both tokens, learned for each layer and head.
@@ -157,7 +156,7 @@ class RelativeAttention(Attention):
     """
 
     def __init__(self, attn: nn.Module):
-        super().__init__(attn.num_heads, attn.attn_drop.p, attn.proj_drop)
+        super().__init__(attn.proj.out_features, attn.num_heads, attn.attn_drop.p, attn.proj_drop)
         self.q_bias, self.v_bias = getattr(attn, 'q_bias', None), getattr(attn, 'v_bias', None)
         self.relative_position_bias_table = attn.relative_position_bias_table
         # For mmseg's state dict: the pairs of tokens are indexed for each image here.
@@ -173,9 +172,6 @@ class RelativeAttention(Attention):
 
     def project_out(self, x: Tensor) -> Tensor:
         return self.proj(x)
-
-    def macs(self, tokens: int) -> int:
-        return attention_macs(tokens, self.proj.out_features)
 
     def bias(self, places: Places) -> Callable[[int], Tensor]:
         table = places.relative.filter(self.relative_position_bias_table)  # (rows, heads)
@@ -228,11 +224,6 @@ class SwiGLU(nn.Module):
 def swiglu_width(dims: int, mlp_ratio: float) -> int:
     """The hidden width of a :class:`SwiGLU`."""
     return (int(int(dims * mlp_ratio) * 2 / 3) + 7) // 8 * 8
-
-
-def attention_macs(tokens: int, dims: int) -> int:
-    """Four projections of each token, and 2 n^2 C for scores and values."""
-    return tokens * 4 * dims**2 + 2 * tokens**2 * dims
 
 
 def linear_weights(module: nn.Module) -> int:
