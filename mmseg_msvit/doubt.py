@@ -117,10 +117,7 @@ class Teacher:
         if images not in self.answers:
             if self.model is None:
                 self.model = self._build()
-            self.model.to(images.device)
-            metas = [dict(img_shape=tuple(images.shape[2:]))] * len(images)
-            with evaluating(self.model):
-                self.answers[images] = self.model.encode_decode(images, metas)
+            self.answers[images] = class_logits(self.model.to(images.device), images)
         return self.answers[images]
 
     def _build(self) -> nn.Module:
@@ -137,12 +134,9 @@ class Teacher:
         return Teacher.of, (self.config, self.checkpoint)
 
 
-def dense_prediction(segmentor: nn.Module, images: Tensor) -> Tensor:
-    """Class logits (B, K, H, W) of a mixed-scale segmentor, all fine at full size, of normalised images (B, C, H, W).
-
-    The segmentor is as it was afterwards, in its mode too, and nobody else learns of this pass.
-    """
-    with as_dense(segmentor), evaluating(segmentor):
+def class_logits(segmentor: nn.Module, images: Tensor) -> Tensor:
+    """Normalised images (B, C, H, W) to class logits (B, K, H, W), by :func:`.evaluating`."""
+    with evaluating(segmentor):
         return segmentor.encode_decode(images, [dict(img_shape=tuple(images.shape[2:]))] * len(images))
 
 
@@ -190,7 +184,11 @@ class DoubtLoss(ShareLoss):
     ) -> Tensor:
         if self.teacher is None and segmentor is None:
             raise ValueError('DoubtLoss without a teacher asks the segmentor: pop_gate_losses needs segmentor=')
-        seen = dense_prediction(segmentor, images) if self.teacher is None else self.teacher(images)
+        if self.teacher is None:
+            with as_dense(segmentor):
+                seen = class_logits(segmentor, images)
+        else:
+            seen = self.teacher(images)
         doubt, _ = region_doubt(class_shares(seen, self.region))  # (B, hc, wc)
         # The floor is this step's: a segmentor that learns doubts less and less, and below an old floor all is coarse.
         floor, half = doubt_scale(gather_batch(doubt.flatten()), self.target())
