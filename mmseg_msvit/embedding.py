@@ -42,16 +42,18 @@ def pad_to_regions(images: Tensor, patch: int, side: int) -> Tuple[Tensor, Grid]
 
 def patchify(images: Tensor, patch: int) -> Tensor:
     """Cuts images (B, C, h * patch, w * patch) into rows (B, h, w, C * patch * patch), a convolution weight's order."""
-    b, c, height, width = images.shape
-    cells = images.view(b, c, height // patch, patch, width // patch, patch)
-    return cells.permute(0, 2, 4, 1, 3, 5).reshape(b, height // patch, width // patch, -1)
+    return _cells(images, patch).flatten(-3)
 
 
 def patches_at(images: Tensor, patch: int, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """The rows (..., C * patch * patch) of :func:`patchify` at places (...): int64 images, rows and columns."""
+    return _cells(images, patch)[image, y, x].flatten(-3)
+
+
+def _cells(images: Tensor, patch: int) -> Tensor:
+    """A view of images (B, C, h * patch, w * patch) as (B, h, w, C, patch, patch)."""
     b, c, height, width = images.shape
-    cells = images.view(b, c, height // patch, patch, width // patch, patch)
-    return cells.permute(0, 2, 4, 1, 3, 5)[image, y, x].flatten(-3)
+    return images.view(b, c, height // patch, patch, width // patch, patch).permute(0, 2, 4, 1, 3, 5)
 
 
 def candidate_patches(images: Tensor, patch: int, sides: Sequence[int], grid: Grid) -> Tensor:
