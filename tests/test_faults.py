@@ -18,6 +18,7 @@ from mmseg.registry import MODELS
 from mmseg_msvit.doubt import Teacher
 from mmseg_msvit.reading import read_checkpoint
 from mmseg_msvit.tooling.command_line import InputError
+from mmseg_msvit.tooling.dense_pass import find_images
 from mmseg_msvit.tooling.testset import load_model, load_testset
 
 
@@ -47,11 +48,16 @@ def test_bad_data_stops_training_and_leaves_no_checkpoint(folder, what, error, m
     assert not list((tmp_path / 'work').rglob('*.pth')) and not list((tmp_path / 'work').rglob('last_checkpoint'))
 
 
-def test_a_test_set_without_images_is_named(config, tmp_path):
-    (tmp_path / 'images/val').mkdir(parents=True)
-    config.test_dataloader.dataset.data_root = str(tmp_path)
-    with pytest.raises(InputError, match='CONFIG: wanted images in the test set of .*, got none'):
-        load_testset(config)
+@pytest.mark.parametrize('name, part, find', [
+    ('test set', 'val', load_testset), ('training set', 'train', lambda config: find_images(config, None, 1)),
+])  # fmt: skip
+def test_a_data_set_without_images_is_named(name, part, find, config, tmp_path):
+    config.train_dataloader.dataset.data_root = config.test_dataloader.dataset.data_root = str(tmp_path)
+    with pytest.raises(InputError, match=f'CONFIG: the {name} of .* is not there: '):
+        find(config)
+    (tmp_path / 'images' / part).mkdir(parents=True)
+    with pytest.raises(InputError, match=f'CONFIG: wanted images in the {name} of .*, got none'):
+        find(config)
 
 
 class Payload:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmseg.registry import DATASETS
 from mmseg.structures import SegDataSample
 from rich.progress import track
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from ..doubt import class_shares
 from ..purity import IGNORE_INDEX
 from ..tokens import Grid
 from .command_line import InputError
-from .testset import FileReader, list_images, load_testset
+from .testset import FileReader, list_images, load_dataset, load_testset
 
 TARGETS = ('mixed', 'labels')
 
@@ -74,15 +73,10 @@ def find_images(config: Config, folder: Optional[Path], limit: int) -> Tuple[Lis
             raise InputError(f'CONFIG: wanted one with a train_dataloader, or --images, got {config.filename} without')
         while 'dataset' in dataset:  # what repeats or mixes it
             dataset = dataset['dataset']
-        try:
-            dataset = DATASETS.build(dataset)
-        except FileNotFoundError as error:
-            raise InputError(f'CONFIG: the training set of {config.filename} is not there: {error}') from error
+        dataset = load_dataset(dataset, f'training set of {config.filename}')
         infos = [dataset.get_data_info(i) for i in range(len(dataset))]
         images = [Path(info['img_path']) for info in infos]
         truths = [Path(info['seg_map_path']) if info.get('seg_map_path') else None for info in infos]
-    if not images:
-        raise InputError(f'CONFIG: wanted images in the training set of {config.filename}, got none')
     images, truths = evenly(images, limit), evenly(truths, limit)
     return images, [truth if truth and truth.is_file() else None for truth in truths]
 

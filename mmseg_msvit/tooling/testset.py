@@ -103,18 +103,25 @@ def load_testset(config: Config) -> BaseDataset:
     Raises:
         InputError: there is none, it has no images, or its files are not there.
     """
-    dataset = _testset_config(config)
+    return load_dataset(_testset_config(config), f'test set of {config.filename}')
+
+
+def load_dataset(dataset: ConfigDict, name: str) -> BaseDataset:
+    """Builds a data set, whose name is for the errors.
+
+    Raises:
+        InputError: it has no images, or its files are not there.
+    """
     try:
         dataset = DATASETS.build(dataset)
     except FileNotFoundError as error:
-        raise InputError(f'CONFIG: the test set of {config.filename} is not there: {_first_line(error)}') from error
+        raise InputError(f'CONFIG: the {name} is not there: {_first_line(error)}') from error
     except ValueError as error:  # mmengine's, of a folder without images
         raise InputError(
-            f'CONFIG: wanted images in the test set of {config.filename}, got none that can be listed: '
-            f'{_first_line(error)}'
+            f'CONFIG: wanted images in the {name}, got none that can be listed: {_first_line(error)}'
         ) from error
     if not len(dataset):
-        raise InputError(f'CONFIG: wanted images in the test set of {config.filename}, got none')
+        raise InputError(f'CONFIG: wanted images in the {name}, got none')
     return dataset
 
 
