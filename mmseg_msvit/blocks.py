@@ -232,10 +232,7 @@ def linear_weights(module: nn.Module) -> int:
 
 
 def block_of(
-    layer: nn.Module,
-    layer_scale_init_value: float = 0.0,
-    swiglu_ratio: Optional[float] = None,
-    key_bias: bool = True,
+    layer: nn.Module, layer_scale_init_value: float = 0.0, swiglu_ratio: Optional[float] = None, key_bias: bool = True
 ) -> Block:
     """The block that takes over a library's encoder layer, parameters and all.
 

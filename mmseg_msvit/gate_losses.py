@@ -268,12 +268,7 @@ class BatchShapingLoss(GateLoss):
 
     default_name = 'loss_bas'
 
-    def __init__(
-        self,
-        a: float = 0.6,
-        b: float = 0.4,
-        **kwargs,
-    ):
+    def __init__(self, a: float = 0.6, b: float = 0.4, **kwargs):
         super().__init__(**kwargs)
         if not (a > 0 and b > 0):
             raise ValueError(f'a and b must be positive, got {a} and {b}')

@@ -16,14 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .blocks import Block, Places, block_of
 from .checkpoint import ADDED
-from .embedding import (
-    CoarseDetail,
-    PatchRows,
-    add_detail,
-    candidate_patches,
-    pad_to_regions,
-    shrink,
-)
+from .embedding import CoarseDetail, PatchRows, add_detail, candidate_patches, pad_to_regions, shrink
 from .gated import Gated
 from .gates import ask
 from .glance import glance

@@ -31,12 +31,7 @@ class PurityLoss(GateLoss):
     default_name = 'loss_purity'
     reads_labels = True
 
-    def __init__(
-        self,
-        purity: float = 0.95,
-        ignore_index: int = IGNORE_INDEX,
-        **kwargs,
-    ):
+    def __init__(self, purity: float = 0.95, ignore_index: int = IGNORE_INDEX, **kwargs):
         super().__init__(**kwargs)
         if not 0 < purity <= 1:
             raise ValueError(f'purity must be in (0, 1], got {purity}')

@@ -17,11 +17,7 @@ from .tokens import Grid
 
 
 def resample_positions(
-    source: Tensor,
-    pos_grid: Grid,
-    mode: str,
-    likely: Sequence[Grid] = (),
-    square: bool = False,
+    source: Tensor, pos_grid: Grid, mode: str, likely: Sequence[Grid] = (), square: bool = False
 ) -> Tuple[Tensor, Optional[str]]:
     """A source's position table on the model's grid.
 
