@@ -20,6 +20,11 @@ class InputError(ValueError):
     """What a user gave cannot be used; the message alone says why, so that tools show no traceback."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line: its first one, or, where it says nothing, its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Ends the program with the message of an :class:`InputError`."""

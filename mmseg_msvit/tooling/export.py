@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..embedding import mean_weights
 from ..inspection import deciding_by, evaluating, find_msvit, record_tokens
-from .command_line import InputError
+from .command_line import InputError, first_line
 from .testset import FileReader
 
 # The first whose resizing knows all that torch's does is 18, whose pooling is right at a ragged edge 19.
@@ -150,7 +150,7 @@ def _culprit(error: BaseException, model: nn.Module) -> str:
 def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:  # torch.onnx puts its advice around it
         error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def metadata(model: nn.Module, config: Config) -> Dict[str, str]:

@@ -20,7 +20,7 @@ from torch import nn
 from ..mixed_scale import MixedScale
 from ..purity import IGNORE_INDEX
 from ..whole_models import load_segmentor
-from .command_line import InputError
+from .command_line import InputError, first_line
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
 # What decoders raise at a file that is no picture.
@@ -69,7 +69,7 @@ def load_model(
         except (OSError, ValueError) as error:
             raise InputError(
                 f'CHECKPOINT: wanted weights of {config.filename}, got {checkpoint}, which cannot be read: '
-                f'{_first_line(error)}'
+                f'{first_line(error)}'
             ) from error
     return model.to(device)
 
@@ -85,10 +85,6 @@ def check_backbone(model: nn.Module, wanted: Union[type, Tuple[type, ...]], path
         kinds = wanted if isinstance(wanted, tuple) else (wanted,)
         names = ' or '.join('MSViT' if kind is MixedScale else kind.__name__ for kind in kinds)
         raise InputError(f'CONFIG: wanted a backbone of type {names}, got {got} in {path}')
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _testset_config(config: Config) -> ConfigDict:
@@ -115,10 +111,10 @@ def load_dataset(dataset: ConfigDict, name: str) -> BaseDataset:
     try:
         dataset = DATASETS.build(dataset)
     except FileNotFoundError as error:
-        raise InputError(f'CONFIG: the {name} is not there: {_first_line(error)}') from error
+        raise InputError(f'CONFIG: the {name} is not there: {first_line(error)}') from error
     except ValueError as error:  # mmengine's, of a folder without images
         raise InputError(
-            f'CONFIG: wanted images in the {name}, got none that can be listed: {_first_line(error)}'
+            f'CONFIG: wanted images in the {name}, got none that can be listed: {first_line(error)}'
         ) from error
     if not len(dataset):
         raise InputError(f'CONFIG: wanted images in the {name}, got none')
@@ -193,7 +189,7 @@ class FileReader:
             try:
                 data = transform(data)
             except UNREADABLE as error:
-                raise InputError(f'{what}, got {path}, which cannot be read: {_first_line(error)}') from error
+                raise InputError(f'{what}, got {path}, which cannot be read: {first_line(error)}') from error
             if is_truths:
                 shape, size = data['gt_seg_map'].shape, tuple(data['ori_shape'])
                 if len(shape) != 2:
