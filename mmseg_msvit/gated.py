@@ -25,14 +25,15 @@ class Gated:
     _gated: Sequence[Tuple[Tensor, TokenMap, Decision]] = ()
     _collecting = False
 
-    def build_gates(self, gate: Optional[dict], gate_loss: Union[dict, List[dict], None]) -> None:
+    def build_gates(self, gate: Optional[dict], gate_loss: Union[str, dict, List[dict], None]) -> None:
         """Builds a gate for each coarse level of ``self.scales``, and, if they learn, ``self.gate_losses``.
 
         Wants ``sides``, ``pos_grid``, ``in_channels`` and ``embed_dims`` to be there, too.
 
         Args:
             gate: config of each gate; None for the paper's.
-            gate_loss: config, or list of configs, of the losses of each level; ``'default'`` for the paper's.
+            gate_loss: config, or list of configs, of the losses of each level; ``'default'`` for the paper's, None for
+                none.
 
         Raises:
             ValueError: a config is not of a gate or of a loss, or two losses have one name.

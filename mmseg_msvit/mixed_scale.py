@@ -82,7 +82,7 @@ class MixedScale(Gated, TakesWeights):
         *args,
         scales: Sequence[int] = (16, 32),
         gate: Optional[dict] = None,
-        gate_loss: Union[dict, List[dict], None] = 'default',
+        gate_loss: Union[str, dict, List[dict], None] = 'default',
         train_tokens: str = 'trimmed',
         coarse_embed: str = 'resize',
         out_detail: str = 'smooth',
