@@ -186,11 +186,10 @@ def plots(analysis: Analysis, numbers: dict) -> Dict[str, Figure]:
     axes.set(xlabel='share of the commonest class in the region; regions', ylabel='% coarse', ylim=(0, 100))
 
     drawing = figure('place', 9, 3)
-    for axes, (title, key, top) in zip(
-        drawing.subplots(1, 2), (('share of images with a coarse region', 'coarse', 1), ('between images', 'std', 0.5))
-    ):
+    kinds = ('coarse', 'share of images with a coarse region', 1), ('std', 'standard deviation between images', 0.5)
+    for axes, (key, title, top) in zip(drawing.subplots(1, 2), kinds):
         shown = axes.imshow(numbers['place'][key], vmin=0, vmax=top, cmap='viridis')
-        axes.set_title(title if key == 'coarse' else f'standard deviation {title}', fontsize=10)
+        axes.set_title(title, fontsize=10)
         axes.set_axis_off()
         drawing.colorbar(shown, ax=axes, shrink=0.8)
     return found
