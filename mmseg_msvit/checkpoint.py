@@ -20,11 +20,11 @@ REGION_GRIDS = r'(gate|coarser_gates\.\d+)\.pos_embed|gate_losses\.\d+\.prior_\w
 GATES = ('gate.', 'coarser_gates.')
 # Tensors that a backbone may have of its own; the rest is the library's ViT, which a checkpoint must fit.
 ADDED = (*GATES, 'gate_losses.', 'coarse_detail.', 'coarser_details.', 'out_details.')
-# A tensor that a source has there and that finds no place changes every feature.
+# Starts of names: a tensor there that the source has and the backbone has not would change every feature.
 INNER = ('patch_embed.', 'pos_embed', 'register_tokens', 'rope.', 'ln_pre.', 'layers.')
 # A norm without a bias may be an RMSNorm.
 NORM_BIAS = r'(^|\.)(ln\d|ln_pre|norm)\.bias$'
-# What a backbone needs besides weights and those.
+# Ends of the names that a source must have, besides every weight and the biases of norms.
 NEEDED = ('cls_token', 'pos_embed', 'register_tokens', 'gamma_1', 'gamma_2', 'relative_position_bias_table')
 
 NO_PLACE, MISSING = 'finds no place', 'is missing'
@@ -102,7 +102,7 @@ def _grouped(names: List[str]) -> List[str]:
 
 
 def adapt(backbone: nn.Module, tensors: Dict[str, Tensor], prefix: str = '', square: bool = False) -> Dict[str, str]:
-    """Brings the state dict of this ViT for another image size, or of a plain one, in place, to this backbone's grids.
+    """Fits a state dict of this ViT, or of a plain one, of whatever image size, to this backbone's grids, in place.
 
     A bias that it lacks is zero, as in mmseg's and CLIP's patch embeddings; but a norm without one may be an RMSNorm.
 

@@ -67,8 +67,8 @@ def doubt_scale(doubt: Tensor, target_coarse: float) -> Tuple[Tensor, Tensor]:
         target_coarse: the share of the regions whose target shall be above one half.
 
     Returns:
-        Floor, the least doubt, which is far from 0 where a head's scores are bounded as Segmenter's are; and half, how
-        far above it the doubt lies at which coarse and fine are equally likely.
+        The floor, which is the least doubt: far from 0 where a head's scores are bounded, as Segmenter's are. And half:
+        a doubt that is so far above the floor makes coarse and fine equally likely.
     """
     floor = doubt.min()
     doubt = doubt[:: len(doubt) // MOST_RANKED + 1]
@@ -90,7 +90,9 @@ def doubt_target(doubt: Tensor, floor: Tensor, half: Tensor) -> Tensor:
 
 
 class Teacher:
-    """A trained dense segmentor that is asked and not trained: no part of the module that has it, nor of its copies.
+    """A trained dense segmentor that is asked and not trained.
+
+    It is no submodule of who asks it: it is in no state dict, and copies of the asking module share it.
 
     It is built when it is first asked: a model that is only tested does not need its files.
 
@@ -151,10 +153,10 @@ class DoubtLoss(ShareLoss):
     Args:
         teacher: ``dict(config=..., checkpoint=...)``, see :class:`Teacher`; None for the segmentor that is trained, all
             fine: for each coarse level a dense forward more, and a target that is worth what has been learned so far.
-        target_coarse: the share of regions whose target is above one half. How far above the least doubt of a step that
-            is, is a running mean over the steps, and part of a checkpoint.
+        target_coarse: the share of regions whose target is above one half. The doubt where it is one half, counted
+            from the least doubt of a step, is a running mean over the steps, and part of a checkpoint.
         target_warmup: see :class:`ShareLoss`.
-        momentum: of the running mean of what ``target_coarse`` sets.
+        momentum: the share of the newest step in the running mean of the doubt whose target is one half.
     """
 
     default_name = 'loss_doubt'

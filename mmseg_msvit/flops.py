@@ -229,7 +229,7 @@ def share_cost(backbone: MixedScale, heads: HeadMacs, grid: Grid, share: float) 
         share: of regions that are coarse.
     """
     gates, dense_grid, grid = [], grid, shrunk_grid(grid, backbone.input_scale)
-    for side in backbone.sides[1:]:  # on a blank image of a pixel a cell they choose by place
+    for side in backbone.sides[1:]:  # in a blank image all regions vary alike: these gates then choose by place
         image = torch.zeros(1, 1, *(regions * side for regions in region_grid(grid, side)))
         gates.append(partial(VarianceGate(1, side, coarse_ratio=share), image))
     tokens, _ = TokenSelector(backbone.sides, prefix=backbone.select.prefix).eval()(gates, grid, dense_grid)

@@ -228,7 +228,8 @@ class GeneralizedBatchShapingLoss(ShareLoss):
         present = torch.cat((torch.ones_like(m[:, 0, 0]), self.memory[:, 0, 0])) >= 0  # (n + memory_size,)
         together = m.mean(0)  # (hc, wc)
         apart = m - together
-        # The mean below is over all values: how live ones differ gets back what its share takes from its gradient.
+        # The loss is a mean over live and remembered values, in which a live one's gradient shrinks by the share of the
+        # live ones. For how they differ, that is undone here; their mean moves the remembered ones, too.
         live = m + (apart - apart.detach()) * (present.sum() / len(m) - 1)
         remembered = self._nearest(self.memory, m.shape[1:]) + (together - together.detach())
         values = torch.cat((live, remembered))  # (n + memory_size, hc, wc)

@@ -132,7 +132,7 @@ class FixedGate(ForcedGate):
 def _sure(order: Tensor, limit: Union[float, Tensor], end: int) -> Tensor:
     """Logits of regions that stand in an order from 0 to ``end``: coarse below a limit, and the surer the farther off.
 
-    All are sure; but a ``token_budget`` takes them in this order, and not in that of their places.
+    All are sure. That they differ is for a ``token_budget``, which takes equal ones in the order of their places.
     """
     return torch.where(order < limit, CERTAIN, -CERTAIN) * (1 + (order - limit).abs() / end) / 2
 

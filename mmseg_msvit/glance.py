@@ -11,9 +11,10 @@ from .tokens import Grid, region_grid
 
 @torch.no_grad()
 def glance(backbone: nn.Module, images: Tensor, grid: Grid, gate: Gate) -> Tensor:
-    """What a gate's blocks make of images of which each of its regions is one token; nothing of it trains the ViT.
+    """What the blocks that a gate looks through make of images, with one token for each of the gate's regions.
 
-    As all that decides, in float32 also under AMP, and without dropout and stochastic depth in training, too.
+    No gradient reaches the ViT from here. As all that decides, this is in float32 also under AMP; and it has neither
+    dropout nor stochastic depth, in training either.
 
     Args:
         backbone: a :class:`.MixedScale`.

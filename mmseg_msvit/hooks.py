@@ -19,8 +19,8 @@ from .whole_models import with_own_vit
 class ViTWeightsHook(Hook):
     """Lets ``load_from`` name a plain ViT of another layout, such as timm's or the official Segmenter's.
 
-    mmengine tells nobody but hooks about a checkpoint before it is loaded. A training with :class:`GateLossHook` has
-    this with it.
+    Only a hook sees a checkpoint before mmengine loads it. :class:`GateLossHook` does this, too: a training with it
+    needs no second hook.
     """
 
     priority = 'HIGH'  # before EMAHook, which copies what is loaded

@@ -9,7 +9,7 @@ from typing import Dict, List, NamedTuple, Tuple
 import torch
 from torch import Tensor
 
-# Averaged weights, which those who made a file evaluate, are preferred to those beside them.
+# Where files keep averaged weights. Their makers evaluate these, so they are preferred to those beside them.
 AVERAGED = ('state_dict_ema', 'model_ema', 'ema', 'teacher')
 
 Patterns = Tuple[Tuple[str, str], ...]

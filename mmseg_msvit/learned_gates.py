@@ -52,7 +52,7 @@ class LearnedGate(Gate):
         raise NotImplementedError
 
     def logits(self, images: Tensor, grid: Tuple[int, int]) -> Tensor:
-        """What :meth:`forward` returns, of images in the weights' type: (B, hc, wc, 1)."""
+        """(B, hc, wc, 1), what :meth:`forward` returns with one dimension more, of images in the weights' type."""
         raise NotImplementedError
 
     def init_weights(self) -> None:
@@ -210,12 +210,12 @@ class GlanceGate(ContextGate):
     """A gate that looks through the ViT's own first blocks: they run over the image with all regions coarse.
 
     Chosen here. Where :class:`ContextGate` has to learn from few images what an image is made of, these blocks know it
-    from pretraining; on what they say of each region stand the context gate's convolutions. It costs what so many
-    blocks do over a token for each region. It knows these blocks as they were when it was fitted, and trains nothing of
-    them. Takes the arguments of :class:`LearnedGate`, too.
+    from pretraining; on what they say of each region stand the context gate's convolutions. It costs what these
+    blocks cost with one token for each region. It does not train them, and is to be fitted again when they have
+    changed. Takes the arguments of :class:`LearnedGate`, too.
 
     Args:
-        blocks: how many it looks through; a checkpoint's are to be as many.
+        blocks: how many it looks through; weights of a gate that looks through another number are refused.
 
     Raises:
         ValueError: it is not positive; or, from the backbone, more than the ViT has.

@@ -43,13 +43,13 @@ def load_backbone(checkpoint: Union[str, os.PathLike, dict], prefix: str = '', *
         (torch.Size([1, 192, 4, 4]), 11, 17, '65%')
 
     Width, depth, MLP, patch size, grid of positions, registers, layer scale and the family are those of the weights,
-    and so is a gate, if there is one, but for its threshold, and for scales that do not double. A converted model's
-    ``input_scale``, and ``out_detail='none'``, are in a config alone: give them as options. Without a gate the half
-    of the regions that vary least is coarse (``VarianceGate``), without any training. Weights do not tell these either:
-    the heads, taken to be 64 wide, as up to ViT-L and in DINOv2-g all are; the activation, taken to be GELU (OpenAI's
-    CLIP wants ``act_cfg=dict(type='QuickGELU')``); the norms' eps, 1e-5 for CLIP and DINOv3, else 1e-6; how the
-    library resamples positions, by antialiasing for ViTs with registers; and rotary positions, of which DINOv3's alone
-    are known.
+    and so is a gate, if there is one. Without a gate the half of the regions that vary least is coarse
+    (``VarianceGate``), without any training. Weights do not tell the following, which are options: a gate's threshold;
+    scales that do not double; a converted model's ``input_scale``, and ``out_detail='none'``, which are in a config
+    alone; the heads, taken to be 64 wide, as up to ViT-L and in DINOv2-g all are; the activation, taken to be GELU
+    (OpenAI's CLIP wants ``act_cfg=dict(type='QuickGELU')``); the norms' eps, 1e-5 for CLIP and DINOv3, else 1e-6; how
+    the library resamples positions, by antialiasing for ViTs with registers; and rotary positions, of which DINOv3's
+    alone are known.
 
     Args:
         checkpoint: a file, an address or a state dict, in any layout that :mod:`.layouts` knows; or a whole segmentor

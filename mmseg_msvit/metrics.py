@@ -41,7 +41,7 @@ def summarize_costs(images: List[Dict[str, int]]) -> Dict[str, Any]:
     return found
 
 
-# That a recorder holds: windows and views of a batch, in an evaluation.
+# A recorder holds so many forward passes: in an evaluation those of a batch, one for each of its windows and views.
 MOST_PASSES = 4096
 
 

@@ -64,11 +64,11 @@ class MixedScale(Gated, TakesWeights):
         ValueError: an argument is out of range; the message names it.
     """
 
-    # Called with (backbone, tokens) at each forward pass of any MixedScale in evaluation mode, their begin() where one
-    # is set to that mode; held weakly. An evaluator's metric is built without the model: so it sees the tokens.
+    # Each is called with (backbone, tokens) at every forward pass of any MixedScale in evaluation mode, and its begin()
+    # when one is set to that mode. By the class, since an evaluator builds a metric without the model. Held weakly.
     observers: ClassVar[WeakSet] = WeakSet()
 
-    # What the library's class may lack.
+    # For library classes that do not set these themselves.
     with_cls_token = True
     output_cls_token = False
     out_origin = False
@@ -294,7 +294,7 @@ class MixedScale(Gated, TakesWeights):
         return gate.macs(regions) + self._embedding_macs(tokens, coarse) + blocks
 
     def train(self, mode: bool = True) -> 'MixedScale':
-        """As the library's ViT, which returns nothing; torch's convention is to return the module."""
+        """As the library's ViT, which returns nothing; and observers learn of evaluation mode."""
         super().train(mode)
         if not mode:
             for observer in self.observers:

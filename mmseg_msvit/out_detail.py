@@ -11,7 +11,7 @@ from .tokens import TokenMap
 
 
 def smooth_coarse(grid: Tensor, tokens: TokenMap, sides: Sequence[int]) -> Tensor:
-    """Lets coarse tokens go over into each other, where a copy of one in each of its cells ends at the next one's edge.
+    """Blends coarse tokens with their neighbours; copied into each of their cells, they would meet in hard edges.
 
     A cell of a coarse token becomes 1/4, 1/2, 1/4 of itself and its neighbours, along both axes: where all tokens are
     2 x 2 cells, this is the linear interpolation of their grid. Larger ones go first, by steps of half their side, of

@@ -1,8 +1,8 @@
 """Ways of choosing coarse regions against each other, on one trained dense segmentor with nothing retrained.
 
-A chooser gives each region of each coarse level a score, the higher the rather coarse. For a budget one threshold over
-all images and levels is set, so that all choosers spend the same tokens, and the test set goes through the segmentor
-once. The share that is recovered of the gap between all coarse and dense is what carries over between data sets.
+A chooser gives each region of each coarse level a score: those with the highest are coarse. A budget sets one threshold
+for all images and levels, so that all choosers spend the same tokens, and the test set goes through the segmentor once.
+The share that is recovered of the gap between all coarse and dense is what carries over between data sets.
 """
 
 from contextlib import contextmanager
@@ -97,12 +97,12 @@ def _grid(model: nn.Module, window: Window) -> Grid:
 
 
 def _area(model: nn.Module, side: int) -> float:
-    """What a region's doubt counts for: all of its area is left with it, while a coarse token saves the same."""
+    """The weight of a region's doubt: a larger one leaves more area in doubt, and its coarse token saves no more."""
     return (side / _sides(model)[0]) ** 2
 
 
 def as_logits(scores: Scores) -> Scores:
-    """Ranks of scores among all, as logits: a threshold between any two of them is one of probabilities."""
+    """The rank of each score among all, as a logit, so that a threshold of probabilities can part any two of them."""
     flat = torch.cat([level.flatten().cpu() for levels in scores for level in levels])
     ranks = torch.empty(len(flat), dtype=torch.float64)
     ranks[flat.argsort(stable=True)] = torch.arange(1, len(flat) + 1, dtype=torch.float64)
@@ -113,7 +113,7 @@ def as_logits(scores: Scores) -> Scores:
 
 @contextmanager
 def told(model: nn.Module, scores: Sequence[List[Tensor]]) -> Iterator[None]:
-    """Inside the ``with`` block the gates answer these of one window after the other."""
+    """Inside the ``with`` block the gates answer with these scores, each forward pass with those of the next window."""
     handles = []
     for level, gate in enumerate(model.backbone.gates):
         queue = iter([levels[level] for levels in scores])

@@ -80,7 +80,7 @@ def file_digest(file: str) -> str:
 
 
 def claim(mark: Path, **settings) -> None:
-    """Says of what the results beside a file are, so that others are not taken for them.
+    """Notes in a file what the results beside it depend on; refuses if they are there already and of other settings.
 
     Args:
         mark: the file, JSON.

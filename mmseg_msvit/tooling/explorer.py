@@ -18,7 +18,7 @@ from .command_line import InputError
 from .testset import FileReader
 from .timing import timed
 
-# Larger images are reduced: a look should take no longer than a hand at a slider waits.
+# Larger images are reduced: who moves a slider does not want to wait.
 LONGEST = 768
 KNOBS = ('threshold', 'budget')
 

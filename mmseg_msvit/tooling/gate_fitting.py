@@ -172,7 +172,7 @@ def find_threshold(
     """The one threshold, for all windows and levels, that meets a budget.
 
     Args:
-        backbone: whose levels and prefix are meant.
+        backbone: with the levels and the prefix that tokens are counted for.
         windows: by :func:`.dense_pass.gather`.
         logits: by :func:`gate_logits`.
         budget: the share of the dense tokens, cls and registers among both, over all windows.
@@ -257,7 +257,7 @@ def check_out(out: Path, *inputs: str) -> None:
         inputs: files that are read, which are not to be replaced in any case.
 
     Raises:
-        InputError: it would.
+        InputError: it would replace such a file.
     """
     there = [out / name for name in WRITTEN if (out / name).exists()]
     known = (out / 'config.py').is_file() and SIGNATURE in (out / 'config.py').read_text(errors='replace')

@@ -75,10 +75,10 @@ def load_model(
 
 
 def check_backbone(model: nn.Module, wanted: Union[type, Tuple[type, ...]], path: str) -> None:
-    """Refuses a model whose backbone is of another class, with the path of its config.
+    """Refuses a model whose backbone is of another class than is wanted, with the path of its config.
 
     Raises:
-        InputError: it is.
+        InputError: the backbone is of another class.
     """
     if not isinstance(model.backbone, wanted):
         got = type(model.backbone).__name__
