@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from conftest import build_msvit, hooked, sample, spread, tiny_segmentor
 from mmengine.config import Config
 from mmengine.model import ExponentialMovingAverage, StochasticWeightAverage, revert_sync_batchnorm
@@ -115,6 +116,25 @@ def test_generalized_batch_shaping_reaches_its_target():
     coarse = (logits > 0).float()
     assert abs(coarse.mean() - 0.3) < 0.07
     assert coarse.std(0).mean() > 0.3
+
+
+@pytest.mark.parametrize('seed', [0, 1])
+def test_a_gate_that_sees_few_new_images_a_step_holds_its_share(seed):
+    """With a memory of 64 maps it is fine everywhere for 50 steps and more."""
+    torch.manual_seed(seed)
+    gate = MODELS.build(dict(type='MLPGate', embed_dims=32, region=8, in_channels=3, grid=(4, 4)))
+    gate.init_weights()
+    loss, shares = build('GeneralizedBatchShapingLoss'), []
+    optimizer = torch.optim.AdamW([*gate.parameters(), *loss.parameters()], lr=4e-3)
+    for _ in range(400):
+        contrast = F.interpolate(torch.rand(4, 1, 4, 4), scale_factor=8)
+        logits = gate(torch.randn(4, 3, 32, 32) * contrast + torch.randn(4, 3, 1, 1), (4, 4))
+        optimizer.zero_grad()
+        loss(logits).backward()
+        optimizer.step()
+        shares.append((logits > 0).float().mean())
+    windows = torch.stack(shares[100:]).view(-1, 25).mean(1)
+    assert (windows - 0.5).abs().max() < 0.25
 
 
 def test_memory_makes_small_batches_a_larger_sample():
