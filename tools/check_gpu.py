@@ -161,7 +161,8 @@ def check_ranks(device: torch.device) -> None:
     together = stepped(device, rank, world_size)
     with mock.patch('torch.distributed.is_initialized', lambda: False):
         alone = stepped(device, None, world_size)
-    check(f'a step of {world_size} processes, rank {rank}', together, alone, 1e-8)
+    # The gate's logits are in float32: what is left of their rounding where the sum of their gradients is small.
+    check(f'a step of {world_size} processes, rank {rank}', together, alone, 1e-7)
 
 
 def main() -> None:
