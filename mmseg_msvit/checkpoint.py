@@ -10,9 +10,10 @@ from typing import Dict, List, Tuple
 import torch
 from torch import Tensor, nn
 
+from . import resampling
 from .layouts import fold_layer_scale, rename
 from .positions import resample_table
-from .resampling import grids_of_regions, resample_patch, resample_positions, resample_relative
+from .resampling import grids_of_regions, resample_positions, resample_relative
 
 PATCH_WEIGHT = 'patch_embed.projection.weight'
 # What gates and their losses have on the grid of regions.
@@ -36,7 +37,11 @@ ADVICE = (
     (rf'^pos_embed {NO_PLACE}', "rope=None or type='MSMAE', which have a table of positions"),
     (rf'^register_tokens {MISSING}', 'num_register_tokens=0'),
     (r'^register_tokens', 'num_register_tokens'),
-    (r'^patch_embed\.projection\.weight', 'patch_size and in_channels, or resample_patch=True in init_cfg'),
+    (
+        r'^patch_embed\.projection\.weight \(\d+, (\d+), .* \(\d+, (?!\1,)',
+        'in_channels, or repeat_channels=True in init_cfg (for another patch_size resample_patch=True)',
+    ),
+    (r'^patch_embed\.projection\.weight', 'patch_size, or resample_patch=True in init_cfg'),
     (r'^patch_embed\.projection\.bias', 'patch_bias=True'),
     (r'^patch_embed\.norm', 'patch_norm'),
     (r'^ln_pre', 'pre_norm'),
@@ -206,7 +211,11 @@ def _advice(wrong: Dict[str, str]) -> List[str]:
 
 
 def fit(
-    backbone: nn.Module, tensors: Dict[str, Tensor], resample_patches: bool = False, trained: bool = False
+    backbone: nn.Module,
+    tensors: Dict[str, Tensor],
+    resample_patch: bool = False,
+    trained: bool = False,
+    repeat_channels: bool = False,
 ) -> Tuple[Dict[str, Tensor], Report]:
     """A state dict for the backbone out of the tensors of any known layout.
 
@@ -215,9 +224,10 @@ def fit(
     Args:
         backbone: of any family.
         tensors: of a file.
-        resample_patches: whether a patch embedding of another patch size is resampled, by :func:`resample_patch`.
+        resample_patch: whether a patch embedding of another patch size is resampled, by the function of that name.
         trained: whether they are this very model's, whose positions are on its grid even where another library has
             named them; pretrained ones are on squares.
+        repeat_channels: whether one for other channels is adapted, likewise.
 
     Raises:
         ValueError: one of the ViT's tensors is missing, of another shape, or finds no place; or positions' grid cannot
@@ -230,11 +240,17 @@ def fit(
     if folded:
         report.resized[f'{folded} layer scales'] = 'are folded into the projections before them'
     renamed = backbone.to_own_names(renamed)
-    if resample_patches and PATCH_WEIGHT in renamed:
+    if resample_patch and PATCH_WEIGHT in renamed:
         old, new = renamed[PATCH_WEIGHT].shape[2:], target[PATCH_WEIGHT].shape[2:]
         if old != new:
-            renamed[PATCH_WEIGHT] = resample_patch(renamed[PATCH_WEIGHT], new)
+            renamed[PATCH_WEIGHT] = resampling.resample_patch(renamed[PATCH_WEIGHT], new)
             report.resized[PATCH_WEIGHT] = '{}x{} -> {}x{} pixels'.format(*old, *new)
+    if repeat_channels and PATCH_WEIGHT in renamed:
+        old, new = renamed[PATCH_WEIGHT].shape[1], target[PATCH_WEIGHT].shape[1]
+        if old != new:
+            renamed[PATCH_WEIGHT] = resampling.repeat_channels(renamed[PATCH_WEIGHT], new)
+            before = f'{report.resized[PATCH_WEIGHT]}, ' if PATCH_WEIGHT in report.resized else ''
+            report.resized[PATCH_WEIGHT] = f'{before}{old} -> {new} channels'
     report.resized.update(adapt(backbone, renamed, square=not trained and layout != 'mmseg'))
     report.misshapen = misshapen(backbone, renamed)
     fitted = {}

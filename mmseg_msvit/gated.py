@@ -66,6 +66,17 @@ class Gated:
         """Whether a gate has a trainable parameter."""
         return any(p.requires_grad for gate in self.gates for p in gate.parameters())
 
+    def warn_of_gates_that_stay(self) -> None:
+        """Warns of a gate with weights, none of which learns, that was not told to be ``frozen``."""
+        for gate in self.gates:
+            if not gate.frozen and next(gate.parameters(), None) is not None and not self.gate_learns:
+                warnings.warn(
+                    f'the {type(gate).__name__} is trained with, but no parameter of it requires a gradient: it keeps '
+                    'the values that it has. Was it frozen with the ViT? If it is to stay as it is, set frozen=True in '
+                    'its config',
+                    stacklevel=3,
+                )
+
     def __getstate__(self) -> dict:
         """For copies and pickles: without what a step has left for its losses, whose graph is this module's alone."""
         return {**self.__dict__, '_gated': (), '_collecting': False}

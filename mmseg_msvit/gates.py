@@ -35,6 +35,8 @@ class Gate(BaseModule):
 
     # How many of the ViT's blocks it looks through; one that looks through none sees pixels.
     blocks = 0
+    # Whether its weights, if it has any, are to stay as they are.
+    frozen = False
 
     def __init__(
         self,

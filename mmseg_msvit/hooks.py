@@ -1,22 +1,37 @@
 """Hooks: gate losses into the training of any segmentor or classifier, dense steps first, pictures of the tokens."""
 
-from typing import Sequence
+from functools import partial
+from typing import Optional, Sequence
 
 import torch
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.optim import OptimWrapperDict
 from mmseg.registry import HOOKS
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from .inspection import find_msvit
+from .labels import Classes
 from .reading import find_weights, unwrap
 from .whole_models import with_own_vit
 
 
+class OfOneMSViT(Hook):
+    """Base of the hooks that are about a model's :class:`MSViT`.
+
+    Args:
+        backbone: its name in the model, where there are several and it is not clear which is meant: see
+            :func:`~mmseg_msvit.inspection.find_msvit`.
+    """
+
+    def __init__(self, backbone: Optional[str] = None):
+        self.backbone = backbone
+
+
 @HOOKS.register_module()
-class ViTWeightsHook(Hook):
+class ViTWeightsHook(OfOneMSViT):
     """Lets ``load_from`` name a plain ViT of another layout, such as timm's or the official Segmenter's.
 
     Only a hook sees a checkpoint before mmengine loads it. :class:`GateLossHook` does this, too: a training with it
@@ -36,7 +51,7 @@ class ViTWeightsHook(Hook):
             model = model.module
         # Of a training of mmengine's it is state_dict that was trained, whatever a hook has put beside it.
         source = {'state_dict': checkpoint['state_dict']} if 'message_hub' in checkpoint else checkpoint
-        tensors, report = with_own_vit(model, find_msvit(model), unwrap(source))
+        tensors, report = with_own_vit(model, find_msvit(model, self.backbone), unwrap(source))
         if report is not None:
             print_log(f'load_from: {report}', logger='current')
         if report is not None or find_weights(source) is not source.get('state_dict'):  # where mmengine looks
@@ -52,11 +67,13 @@ class GateLossHook(ViTWeightsHook):
     :meth:`~mmseg_msvit.selection.Decision.statistics`. It is a forward hook on the model, there from ``before_train``
     to ``after_train``. Under FSDP the losses' own parameters must be whole by then: let it wrap the blocks
     (:class:`~mmseg_msvit.blocks.Block`) and not the backbone.
+
+    A gate that does not learn, and was not told to be ``frozen``, stops the training at its start.
     """
 
     def before_train(self, runner) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        backbone = find_msvit(model)  # says at once if there is none
+        backbone = find_msvit(model, self.backbone)  # says at once if there is none
         if runner.iter == 0:  # else it is resumed
             for loss in backbone.gate_losses:
                 loss.begin()
@@ -66,27 +83,63 @@ class GateLossHook(ViTWeightsHook):
                     'GateLossHook wants the parameters of the gate losses whole after the forward pass, got '
                     'FullyShardedDataParallel inside the model around the backbone; let it wrap the blocks'
                 )
+        self._refuse_gate_that_stays(runner)
+        self._begun = False
         self._handles = [
-            model.register_forward_pre_hook(_collect_gate_losses, with_kwargs=True),
-            model.register_forward_hook(_add_gate_losses, with_kwargs=True),
+            model.register_forward_pre_hook(partial(_collect_gate_losses, self.backbone), with_kwargs=True),
+            model.register_forward_hook(partial(_add_gate_losses, self.backbone), with_kwargs=True),
         ]
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        if not self._begun:  # once more: a backbone may freeze its stages where it is set to training mode
+            self._refuse_gate_that_stays(runner)
+            self._begun = True
 
     def after_train(self, runner) -> None:
         for handle in self._handles:
             handle.remove()
 
+    def _refuse_gate_that_stays(self, runner) -> None:
+        """Raises a ValueError for a gate with weights that this training leaves as they are, unless it is ``frozen``."""
+        optimizer = getattr(runner, 'optim_wrapper', None)
+        wrappers = optimizer.values() if isinstance(optimizer, OptimWrapperDict) else [optimizer] if optimizer else []
+        groups = [group for wrapper in wrappers for group in wrapper.param_groups]
+        optimized = {id(p) for group in groups for p in group['params']}
+        moved = {id(p) for group in groups if group.get('initial_lr', group['lr']) for p in group['params']}
+        # Some wrappers give the optimizer parameters of their own, of which nothing can be told.
+        known = any(id(p) in optimized for p in runner.model.parameters())
+        for gate in find_msvit(runner.model, self.backbone).gates:
+            parameters = list(gate.parameters())
+            if gate.frozen or not parameters:
+                continue
+            learning = [p for p in parameters if p.requires_grad]
+            why = None
+            if not learning:
+                why = (
+                    'no parameter of it requires a gradient: the backbone was frozen with it. To freeze the ViT alone '
+                    'set frozen_exclude=[] in an MSViT, or model.backbone.gate.requires_grad_(True) after it was '
+                    "frozen; for LoRA, type='MSLoRAModel' of mmseg_msvit.lora"
+                )
+            elif known and not any(id(p) in moved for p in learning):
+                why = 'no group of the optimizer that has a learning rate has a parameter of it: see paramwise_cfg'
+            if why:
+                raise ValueError(
+                    f'GateLossHook wanted a {type(gate).__name__} that learns, got one that this training leaves as it '
+                    f'is: {why}. For a gate that is to stay as it is set frozen=True in its config'
+                )
+
 
 # Both find the backbone in the module that runs: a copy of a model has its hooks, and must have its own gate losses.
-def _collect_gate_losses(module, args, kwargs):
+def _collect_gate_losses(backbone, module, args, kwargs):
     if kwargs.get('mode') == 'loss':
-        find_msvit(module).collect_gate_losses()
+        find_msvit(module, backbone).collect_gate_losses()
 
 
-def _add_gate_losses(module, args, kwargs, output):
+def _add_gate_losses(backbone, module, args, kwargs, output):
     if kwargs.get('mode') != 'loss':
         return None
     data_samples = kwargs['data_samples'] if 'data_samples' in kwargs else args[1]
-    backbone = find_msvit(module)
+    backbone = find_msvit(module, backbone)
     gate = backbone.pop_gate_losses(data_samples, module)
     learns = module.training and torch.is_grad_enabled() and backbone.gate_learns and len(backbone.gate_losses)
     if learns and not gate:
@@ -99,7 +152,7 @@ def _add_gate_losses(module, args, kwargs, output):
 
 
 @HOOKS.register_module()
-class DenseFirstHook(Hook):
+class DenseFirstHook(OfOneMSViT):
     """Trains with all tokens fine first, and then with those that the gate chooses, for a gate that learns nothing.
 
     A ViT that learns from few tokens from the first step on learns less, also of fine ones (``docs/benchmarks.md``). A
@@ -109,13 +162,14 @@ class DenseFirstHook(Hook):
         part: the share of the training's steps that are dense.
     """
 
-    def __init__(self, part: float = 0.5):
+    def __init__(self, part: float = 0.5, **kwargs):
+        super().__init__(**kwargs)
         if not 0 <= part <= 1:
             raise ValueError(f'part must be in [0, 1], got {part}')
         self.part = part
 
     def before_train(self, runner) -> None:
-        if find_msvit(runner.model).gate_learns:
+        if find_msvit(runner.model, self.backbone).gate_learns:
             raise ValueError(
                 'DenseFirstHook wants a gate that learns nothing, as with frozen=True, got one that learns; its losses '
                 'have target_warmup for this'
@@ -123,10 +177,10 @@ class DenseFirstHook(Hook):
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         if runner.iter < self.part * runner.max_iters:
-            find_msvit(runner.model).select.threshold = 1.0  # no probability is above it
+            find_msvit(runner.model, self.backbone).select.threshold = 1.0  # no probability is above it
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        backbone = find_msvit(runner.model)
+        backbone = find_msvit(runner.model, self.backbone)
         backbone.select.threshold = backbone.gate.threshold
 
 
@@ -166,8 +220,13 @@ class TokenMapHook(Hook):
 
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         dataset = runner.val_loop.dataloader.dataset
+        evaluator = getattr(runner.val_loop, 'evaluator', None)
+        ignored = [m.ignore_index for m in getattr(evaluator, 'metrics', ()) if hasattr(m, 'ignore_index')]
+        classes = Classes.of(model.decode_head, dataset.metainfo, *ignored[:1])
         device = next(model.parameters()).device
         with torch.random.fork_rng([device] if device.type == 'cuda' else []):
             for i in self.indices:
-                figure = draw_image(model, dataset[i % len(dataset)], dataset.metainfo['palette'])
+                data = dataset[i % len(dataset)]
+                truth = classes.read_sample(data['data_samples'])
+                figure = draw_image(model, data, classes.palette, truth)
                 runner.visualizer.add_image(f'tokens_{i}', figure, step)

@@ -1,12 +1,14 @@
 """Looking at the tokens of a running model, from outside."""
 
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import ContextManager, Iterator, List, Optional, Tuple, Union
 from weakref import WeakSet
 
 import torch
 from mmengine.config import ConfigDict
 from mmengine.dataset import pseudo_collate
+from mmengine.model import is_model_wrapper
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
@@ -16,16 +18,36 @@ from .selection import Decision
 from .tokens import TokenMap, shrunk_grid
 
 
-def find_msvit(model: nn.Module) -> MixedScale:
-    """The one backbone of a model that has tokens of several scales: an MSViT, MSBEiT or MSMAE.
+def find_msvit(model: nn.Module, name: Optional[str] = None) -> MixedScale:
+    """The backbone of a model that has tokens of several scales: an MSViT, MSBEiT or MSMAE.
+
+    Of several, as in a distillation, the one whose gate learns is meant, or else the segmentor's own ``backbone``.
+
+    Args:
+        model: perhaps in a wrapper for several processes.
+        name: of the module in the model, where that is not clear.
 
     Raises:
-        ValueError: there is none, or more than one.
+        ValueError: there is none, none of that name, or it is not clear which is meant.
     """
-    found = [module for module in model.modules() if isinstance(module, MixedScale)]
-    if len(found) != 1:
-        raise ValueError(f'the model must have one MSViT backbone, got {len(found)}')
-    return found[0]
+    while is_model_wrapper(model):
+        model = model.module
+    found = {path: module for path, module in model.named_modules() if isinstance(module, MixedScale)}
+    if name is not None:
+        if name not in found:
+            raise ValueError(f'backbone: wanted the name of an MSViT in the model, one of {list(found)}, got {name!r}')
+        return found[name]
+    if not found:
+        raise ValueError('the model must have an MSViT backbone, got none')
+    learning = [module for module in found.values() if module.gate_learns]
+    own = [module for path, module in found.items() if path == 'backbone']
+    for candidates in (list(found.values()), learning, own):
+        if len(candidates) == 1:
+            return candidates[0]
+    raise ValueError(
+        f'the model must have one MSViT backbone whose gate learns, got {list(found)}: name the one that is meant, as '
+        f"by dict(type='GateLossHook', backbone={next(iter(found))!r})"
+    )
 
 
 @contextmanager
@@ -93,15 +115,51 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.test_cfg, MixedScale.observers = test_cfg, observers
 
 
+@torch.no_grad()
+def check_one_pass(model: nn.Module, data: dict) -> None:
+    """Refuses a segmentor that runs its backbone several times on an image, as those for pairs of images do.
+
+    Args:
+        model: a segmentor.
+        data: what a test pipeline made of an image.
+
+    Raises:
+        ValueError: it does, or it does not run it at all.
+    """
+    batch = model.data_preprocessor(pseudo_collate([deepcopy(data)]), training=False)
+    passes: List[int] = []
+    handle = model.backbone.register_forward_hook(lambda module, args, out: passes.append(1))
+    try:
+        with evaluating(model):
+            model.extract_feat(batch['inputs'])
+    finally:
+        handle.remove()
+    refuse_passes(model, len(passes))
+
+
+def refuse_passes(model: nn.Module, passes: int) -> None:
+    """Raises a ValueError unless a segmentor has run its backbone once on an image."""
+    if passes != 1:
+        raise ValueError(
+            f'model: wanted a segmentor that runs its backbone once on an image, got {type(model).__name__}, which '
+            f'runs it {passes} times. The tools do not know which pass is of what; TokenMetric, in an evaluator, '
+            'counts them all'
+        )
+
+
 def look(model: nn.Module, data: dict) -> Tuple[SegDataSample, TokenMap, Decision]:
     """What a segmentor makes of one image, in one piece, by :func:`evaluating`, its tokens and the gates' decision.
 
     Args:
         model: a segmentor with an MSViT.
         data: what a test pipeline made of the image.
+
+    Raises:
+        ValueError: by :func:`refuse_passes`.
     """
     with evaluating(model), record_tokens(model) as seen:
         (sample,) = model.test_step(pseudo_collate([data]))
+    refuse_passes(model, len(seen))
     ((tokens, decision),) = seen
     return sample, tokens, decision
 

@@ -37,7 +37,7 @@ class LearnedGate(Gate):
         if not 0 < init_coarse < 1 or abs(math.log(init_coarse / (1 - init_coarse))) > MAX_FIRST_LOGIT:
             low = 1 / (1 + math.exp(MAX_FIRST_LOGIT))
             raise ValueError(f'init_coarse must be in [{low:.4f}, {1 - low:.4f}], got {init_coarse}')
-        self.init_coarse = init_coarse
+        self.init_coarse, self.frozen = init_coarse, frozen
         self.build()
         self.reset_parameters()
         self.requires_grad_(not frozen)

@@ -56,7 +56,8 @@ def load_backbone(checkpoint: Union[str, os.PathLike, dict], prefix: str = '', *
             with such a ViT.
         prefix: of the names of one among several ViTs.
         **options: of :class:`MSViT`, :class:`MSBEiT` or :class:`MSMAE`, in the place of what is read or taken, such as
-            ``num_heads=12``, ``scales=(14, 28, 56)`` or ``gate=dict(type='FixedGate')`` for the dense ViT.
+            ``num_heads=12``, ``scales=(14, 28, 56)`` or ``gate=dict(type='FixedGate')`` for the dense ViT. To another
+            ``patch_size`` the embedding is resampled, for other ``in_channels`` repeated.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -75,7 +76,9 @@ def load_backbone(checkpoint: Union[str, os.PathLike, dict], prefix: str = '', *
     arguments = {**_of_all(renamed, options), **_of_family(layout, renamed, options), **options}
     backbone = family(renamed)(**arguments)
     backbone.init_weights()
-    fitted, report = fit(backbone, tensors)
+    fitted, report = fit(
+        backbone, tensors, resample_patch='patch_size' in options, repeat_channels='in_channels' in options
+    )
     backbone.load_state_dict(fitted, strict=False)
     print_log(str(report), logger='current', level=logging.DEBUG)
     return backbone.eval()
@@ -94,6 +97,7 @@ def _of_all(tensors: Dict[str, Tensor], given: dict) -> dict:
     if len(shape) != 4 or shape[2] != shape[3]:
         raise ValueError(f'checkpoint: wanted an embedding of square patches (C, channels, p, p), got {shape}')
     dims, channels, patch, _ = shape
+    patch = given.get('patch_size', patch)
     levels = _count(tensors, 'coarser_gates') + 1
     kind = next((kind for name, kind in GATE_OF.items() if name in tensors), 'VarianceGate')
     looks_through = dict(blocks=int(tensors['gate.looks_through'])) if kind == 'GlanceGate' else {}
@@ -116,7 +120,7 @@ def _of_all(tensors: Dict[str, Tensor], given: dict) -> dict:
 
 def _of_family(layout: str, tensors: Dict[str, Tensor], given: dict) -> dict:
     """The image size, and arguments that not all families have."""
-    patch = tensors[PATCH_WEIGHT].shape[-1]
+    patch = given.get('patch_size', tensors[PATCH_WEIGHT].shape[-1])
     if 'pos_embed' in tensors:
         gate = tensors.get('gate.pos_embed')
         side = given['scales'][1] // patch if 'scales' in given else 2

@@ -170,6 +170,8 @@ class MixedScale(Gated, TakesWeights):
                 observer(self, tokens)
         elif decision is not None and any(logits.requires_grad for logits in decision.logits):
             self.keep_for_losses(seen, tokens, decision)
+        elif torch.is_grad_enabled():
+            self.warn_of_gates_that_stay()
 
         x = [self.embed(images, tokens)]  # (N, C)
         if not self.out_details:

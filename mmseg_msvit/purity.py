@@ -1,5 +1,6 @@
 """Whether a region is of one class, as the ground truth says, and the gate loss that learns it."""
 
+import warnings
 from typing import Sequence, Tuple
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from .embedding import patchify
 from .gate_losses import GateLoss
+from .labels import IGNORE_INDEX, check_labels, one_class
 from .selection import Decision
 from .tokens import TokenMap
 
-IGNORE_INDEX = 255
+# Training forwards with labels of one class alone, after which PurityLoss warns.
+ALIKE = 20
 
 
 @MODELS.register_module()
@@ -37,14 +40,19 @@ class PurityLoss(GateLoss):
             raise ValueError(f'purity must be in (0, 1], got {purity}')
         self.purity = purity
         self.ignore_index = ignore_index
+        self._begun, self._seen = 0, set()
+
+    def begin(self) -> None:
+        super().begin()
+        self._begun, self._seen = 0, set()
 
     def of_step(self, decision: Decision, tokens: TokenMap, data_samples: Sequence, images: Tensor) -> Tensor:
-        sizes = {tuple(sample.gt_sem_seg.shape) for sample in data_samples if 'gt_sem_seg' in sample}
-        if sizes - {tuple(images.shape[2:])}:
-            raise ValueError(
-                f'PurityLoss wanted labels as large as the images, {tuple(images.shape[2:])}, got {sorted(sizes)}: it '
-                'reads them region by region'
-            )
+        for sample in data_samples:
+            if 'gt_sem_seg' in sample:
+                try:
+                    check_labels(sample.gt_sem_seg.data, images.shape[2:])
+                except ValueError as error:
+                    raise ValueError(f'PurityLoss reads labels region by region. {error}') from None
         return super().of_step(decision, tokens, data_samples, images)
 
     def forward(self, logits: Tensor, data_samples: Sequence) -> Tensor:
@@ -55,6 +63,7 @@ class PurityLoss(GateLoss):
                 f'PurityLoss wanted as many data_samples as images, got {len(data_samples)} for {len(logits)}'
             )
         labels = torch.stack([sample.gt_sem_seg.data[0] for sample in data_samples])  # (B, H, W)
+        self._watch(labels)
         share, labelled = region_purity(labels, logits.shape[1:], self.region, self.ignore_index)
         target = (share >= self.purity).to(logits.dtype)
         loss = F.binary_cross_entropy_with_logits(logits, target, reduction='none')
@@ -62,6 +71,19 @@ class PurityLoss(GateLoss):
         total = labelled.sum()
         all_reduce(total)
         return self.loss_weight * (loss * labelled).sum() * get_world_size() / total.clamp(min=1)
+
+    @torch.no_grad()
+    def _watch(self, labels: Tensor) -> None:
+        """Warns where a training begins with labels of one class; does not look again once there were two."""
+        if self._begun < ALIKE:
+            found = set(labels.unique().tolist())
+            self._seen |= {IGNORE_INDEX if label == self.ignore_index else label for label in found}
+            self._begun += 1
+            why = one_class(self._seen)
+            if why is None:
+                self._begun = ALIKE
+            elif self._begun == ALIKE:
+                warnings.warn(f'PurityLoss teaches the gate to be coarse everywhere: {why}', stacklevel=2)
 
 
 def region_purity(

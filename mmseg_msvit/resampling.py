@@ -132,6 +132,23 @@ def _geometric_places(count: int, end: int) -> List[float]:
     return [-x for x in reversed(places)] + [0.0, *places]
 
 
+def repeat_channels(weight: Tensor, channels: int) -> Tensor:
+    """A patch embedding for images of so many channels, as timm makes it of one for three.
+
+    Channels are repeated in their order and scaled, so that tokens keep their size; for one channel they are summed,
+    which gives a grey image the tokens that it has as a coloured one.
+
+    Args:
+        weight: (C, channels before, p, p).
+        channels: that are wanted.
+    """
+    before = weight.shape[1]
+    if channels == 1:
+        return weight.float().sum(1, keepdim=True).to(weight.dtype)
+    repeated = weight.repeat(1, -(-channels // before), 1, 1)[:, :channels]
+    return (repeated.float() * (before / channels)).to(weight.dtype)
+
+
 def resample_patch(weight: Tensor, size: Grid) -> Tensor:
     """A patch embedding for patches of another size, whose tokens stay as they are when patches are magnified.
 

@@ -108,10 +108,18 @@ class TokenSegmenterHead(TokenHead, SegmenterMaskTransformerHead):
 
     With all tokens fine it is mmseg's :class:`SegmenterMaskTransformerHead`, whose arguments it takes. Queries are the
     leading rows of each image, as cls is in the encoder.
+
+    Raises:
+        ValueError: ``out_channels`` is not ``num_classes``: there is a mask for each class, in mmseg's head as well.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.out_channels != self.num_classes:
+            raise ValueError(
+                f'out_channels must be num_classes={self.num_classes}: a mask for each class is what this head makes, '
+                f'got {self.out_channels}'
+            )
         self.layers = ModuleList(block_of(layer) for layer in self.layers)
 
     def forward(self, inputs: Sequence) -> Tensor:

@@ -1,6 +1,6 @@
 """Pictures of what the gate does."""
 
-from typing import Dict, Optional, Sequence
+from typing import Dict, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -55,7 +55,7 @@ def draw_tokens(image: np.ndarray, tokens: TokenMap, patch: int, sides: Sequence
 
 def paint_classes(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
     """Class ids (H, W) to colours (H, W, 3) uint8; ids beyond the palette, such as 255, are black."""
-    colours = np.zeros((256, 3), np.uint8)
+    colours = np.zeros((max(256, len(palette)), 3), np.uint8)
     colours[: len(palette)] = palette
     return colours[labels]
 
@@ -64,10 +64,10 @@ def sample_figure(
     backbone: MixedScale,
     tokens: TokenMap,
     decision: Optional[Decision],
-    image: np.ndarray,
+    inputs: Tensor,
     sample: SegDataSample,
+    truth: Optional[np.ndarray],
     palette: Sequence[Sequence[int]],
-    truth: Optional[np.ndarray] = None,
 ) -> np.ndarray:
     """Image, token grid, the gates' probabilities, prediction and truth side by side, at the size the backbone saw.
 
@@ -75,27 +75,29 @@ def sample_figure(
         backbone: of the segmentor.
         tokens: of the image alone.
         decision: of its gates; None where none has decided.
-        image: (H, W, 3) uint8 RGB, of any size.
+        inputs: (C, H, W), the image as mmseg's pipelines pack it.
         sample: the segmentor's result.
+        truth: (H', W') class ids, as :class:`.Classes` reads them, if there are any.
         palette: colours of the classes.
-        truth: (H', W') class ids; None takes those of the sample, if it has any.
 
     Returns:
         (height, width, 3) uint8 RGB.
     """
     height, width = seen_size(backbone, tokens, sample)
+    image, stretched = picture_of(inputs)
     image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
     grid = draw_tokens(image, tokens, backbone.patch_size, backbone.sides)
-    panels = [('image', image), (f'{(tokens.level >= 0).sum()} tokens of {tokens.dense_length - tokens.prefix}', grid)]
+    panels = [
+        (f'image{stretched}', image),
+        (f'{(tokens.level >= 0).sum()} tokens of {tokens.dense_length - tokens.prefix}', grid),
+    ]
     logits = decision.logits if decision else ()
     for level, region in zip(logits, backbone.scales[1:]):
         of = '' if len(logits) == 1 else f', {region} px'
         panels.append((f'probability of coarse{of}', (level[0].sigmoid().cpu().numpy(), region)))
-    if truth is None and 'gt_sem_seg' in sample:
-        truth = sample.gt_sem_seg.data[0].cpu().numpy()
     for name, labels in (('prediction', sample.pred_sem_seg.data[0].cpu().numpy()), ('truth', truth)):
         if labels is not None:
-            labels = cv2.resize(labels.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
+            labels = cv2.resize(labels.astype(np.uint16), (width, height), interpolation=cv2.INTER_NEAREST)
             panels.append((name, paint_classes(labels, palette)))
     panel = max(PANEL_PIXELS, width) / 100  # inches at 100 dots per inch
     figure = Figure(figsize=(panel * len(panels), panel * height / width + 0.4), dpi=100, layout='constrained')
@@ -145,7 +147,7 @@ def sample_pictures(
     scale = -(-max(PANEL_PIXELS, image.shape[1]) // width)  # whole, so that tokens have straight borders
     size, patch = (scale * width, scale * height), scale * backbone.patch_size
     prediction, dense = (
-        cv2.resize(labels.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+        cv2.resize(labels.astype(np.uint16), size, interpolation=cv2.INTER_NEAREST)
         for labels in (sample.pred_sem_seg.data[0].cpu().numpy(), dense)
     )
     image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
@@ -165,11 +167,29 @@ def sample_pictures(
     )
 
 
-def to_rgb(inputs: Tensor) -> np.ndarray:
-    """What mmseg's pipelines pack, (C, H, W) in BGR, as a picture (H, W, 3) uint8 RGB."""
-    # Of more channels than there are colours the others are not shown.
-    pixels = inputs[:3] if len(inputs) >= 3 else inputs[:1].expand(3, -1, -1)
-    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()[..., ::-1].clip(0, 255).astype(np.uint8))
+def picture_of(inputs: Tensor) -> Tuple[np.ndarray, str]:
+    """What mmseg's pipelines pack, as a picture.
+
+    Pixels of 8 bits are shown as they are, also where they are floats. All others are stretched from their least value
+    to their largest; of more than three channels the first three are shown.
+
+    Args:
+        inputs: (C, H, W) of any dtype, in BGR.
+
+    Returns:
+        (H, W, 3) uint8 RGB; and what is to be known of it, such as ``', bands 3, 2, 1 of 12, 0 to 4095'``.
+    """
+    channels = len(inputs)
+    bands = inputs[:3].numpy()[::-1] if channels >= 3 else inputs[:1].numpy().repeat(3, 0)
+    said = '' if channels in (1, 3) else f', bands 3, 2, 1 of {channels}' if channels > 3 else ', band 1 of 2'
+    finite = bands[np.isfinite(bands)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
+    of_8_bits = bands.dtype == np.uint8 or (bands.dtype.kind == 'f' and low >= 0 and 1 < high <= 255)
+    bands = np.nan_to_num(bands.astype(np.float32))
+    if not of_8_bits and high > low:
+        bands = (bands - low) * (255 / (float(high) - float(low)))
+        said += f', {low:g} to {high:g}'
+    return np.ascontiguousarray(bands.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)), said
 
 
 def draw_image(
@@ -181,10 +201,10 @@ def draw_image(
         model: with an MSViT.
         data: what a test pipeline made of the image.
         palette: colours of the classes.
-        truth: (H', W') class ids; None takes those of the data, if there are any.
+        truth: (H', W') class ids, as :class:`.Classes` reads them, if there are any.
 
     Returns:
         (height, width, 3) uint8 RGB.
     """
     sample, tokens, decision = look(model, data)
-    return sample_figure(find_msvit(model), tokens, decision, to_rgb(data['inputs']), sample, palette, truth)
+    return sample_figure(find_msvit(model), tokens, decision, data['inputs'], sample, truth, palette)

@@ -29,6 +29,12 @@ class TakesWeights:
         alone would go on with a random one, or is not finite.
         """
         before_load_state_dict(self, TakesWeights._adapt_loaded)
+        self._built_with = frozenset(self.state_dict())
+
+    @property
+    def has_replaced_layers(self) -> bool:
+        """Whether somebody has put layers of other names into it, as LoRA does."""
+        return not self._built_with <= self.state_dict().keys()
 
     def to_own_names(self, tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
         """A ViT's tensors by the names that they have in mmseg's ViT, to the same by this backbone's names."""
@@ -39,12 +45,15 @@ class TakesWeights:
 
         A checkpoint that ``init_cfg`` or ``pretrained`` names may be of any layout that :mod:`.layouts` knows, and
         of several models one, by ``init_cfg``'s ``prefix``; the log says what was made of it. With
-        ``resample_patch=True`` in ``init_cfg`` it may be of another patch size.
+        ``resample_patch=True`` in ``init_cfg`` it may be of another patch size, with ``repeat_channels=True`` for images
+        of other channels.
 
         Raises:
             ValueError: the checkpoint cannot be read, or is not of this architecture; or ``init_cfg`` is a list in
                 which a checkpoint is not alone.
         """
+        if self.has_replaced_layers:
+            return  # whoever replaced them has had it initialised before
         if isinstance(self.init_cfg, (list, tuple)) and any(c['type'].startswith('Pretrained') for c in self.init_cfg):
             if len(self.init_cfg) > 1:
                 raise ValueError(f'init_cfg: wanted a checkpoint and nothing beside it, got {self.init_cfg}')
@@ -52,7 +61,8 @@ class TakesWeights:
         if isinstance(self.init_cfg, dict) and self.init_cfg['type'].startswith('Pretrained'):
             path, prefix = self.init_cfg['checkpoint'], self.init_cfg.get('prefix', '')
             tensors = tensors_below(read_checkpoint(path), prefix)
-            tensors, report = fit(self, tensors, self.init_cfg.get('resample_patch', False))
+            asked = {name: self.init_cfg.get(name, False) for name in ('resample_patch', 'repeat_channels')}
+            tensors, report = fit(self, tensors, **asked)
             self.load_state_dict(tensors, strict=False)
             print_log(f'{path}: {report}', logger='current')
             if self.gate.init_cfg is not None:  # a gate of its own takes precedence

@@ -62,6 +62,15 @@ def with_own_vit(
     Raises:
         ValueError: the ViT is not of the backbone's architecture.
     """
+    if backbone.has_replaced_layers:
+        lacks = sorted(model.state_dict().keys() - tensors.keys())
+        if not lacks:  # what the model itself saves, which may be a part of it
+            return dict(tensors), None
+        raise ValueError(
+            f'checkpoint: wanted what this very model saves, since layers of its ViT were replaced, as by LoRA; got one '
+            f'without {", ".join(lacks[:4])}. The weights of the ViT as it was before come by '
+            "module=dict(init_cfg=dict(type='Pretrained', checkpoint=..., prefix='backbone.'))"
+        )
     (name,) = (name for name, module in model.named_modules() if module is backbone)
     own = dict(tensors)
     report = translate(backbone, own, f'{name}.')
@@ -95,13 +104,13 @@ def load_segmentor(model: nn.Module, path: str) -> None:
     refuse_not_finite(weights)
     needed = [f'decode_head.{name}' for name in model.decode_head.state_dict()]
     parameters = [f'backbone.{name}' for name, _ in model.backbone.named_parameters()]
-    if hasattr(model.backbone, 'may_lack'):  # an MSViT
+    if hasattr(type(model.backbone), 'may_lack'):  # an MSViT
         weights, report = with_own_vit(model, model.backbone, weights)
         if report is not None:
             print_log(f'{path}: {report}', logger='current')
         needed += [name for name in parameters if name.startswith(OF_GATES)]
     else:
-        needed += parameters
+        needed += [name for name in parameters if name in model.state_dict()]  # of a LoRA what it has learned
     wrong = misshapen(model, weights)
     wrong = {name: how for name, how in wrong.items() if not name.startswith('backbone.gate_losses.')}  # they see to it
     wrong.update({name: MISSING for name in needed if name not in weights})

@@ -279,7 +279,7 @@ def dinov2_weights(**options):
     (dict(), dict(V2, qkv_bias=False), 'in_proj_bias finds no place', 'qkv_bias=True'),
     (dict(final_norm=False), V2, 'ln1.weight is missing', 'final_norm=False'),
     (dict(patch_size=16, scales=(16, 32)), dict(V2, img_size=(64, 64)), r'\(32, 3, 16, 16\), wanted \(32, 3, 14, 14\)',
-     'patch_size and in_channels, or resample_patch=True in init_cfg'),
+     'patch_size, or resample_patch=True in init_cfg'),
     (dict(rope='dinov3'), V2, 'pos_embed is missing', "rope='dinov3' or .*"),
     (dict(), dict(V2, rope='dinov3'), 'pos_embed finds no place', 'rope=None or .*'),
 ])  # fmt: skip

@@ -15,7 +15,7 @@ from mmseg_msvit.inspection import find_msvit, look, seen_size
 from mmseg_msvit.tokens import TokenMap
 from mmseg_msvit.tooling.command_line import one_line_errors
 from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
-from mmseg_msvit.visualization import draw_tokens, paint_classes, to_rgb
+from mmseg_msvit.visualization import draw_tokens, paint_classes, picture_of
 
 GAP = 2  # pixels between the tokens of the pack
 
@@ -62,7 +62,7 @@ def draw(model, data: dict, palette) -> Figure:
     handle.remove()
     patch, sides = backbone.patch_size, backbone.sides
     height, width = seen_size(backbone, tokens, sample)
-    image = cv2.resize(to_rgb(data['inputs']), (width, height), interpolation=cv2.INTER_AREA)
+    image = cv2.resize(picture_of(data['inputs'])[0], (width, height), interpolation=cv2.INTER_AREA)
     used, (h, w) = int((tokens.level >= 0).sum()), tokens.grid
     probability = decision.logits[0][0].sigmoid().numpy()
     panels = [

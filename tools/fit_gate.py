@@ -76,7 +76,7 @@ def main() -> None:
     backbone.input_scale = 1.0 if args.full_size else shared_size(args.budget)
     logits = gate_logits(model, examples, windows)
     backbone.select.threshold, share = find_threshold(backbone, windows, logits, args.budget)
-    write(config, model, changes, reader.dataset.metainfo, args.out)
+    write(config, model, changes, reader.classes, args.out)
 
     settled = f'at {backbone.input_scale:.0%} of their size, threshold {backbone.select.threshold:.4g}'
     rows = []

@@ -10,16 +10,18 @@ a FLOP count is twice that.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Optional
 
 from mmseg_msvit.flops import PARTS, PLAIN_VITS, HeadMacs, dense_cost, inference_cost, share_cost
+from mmseg_msvit.inspection import check_one_pass
 from mmseg_msvit.learned_gates import LearnedGate
 from mmseg_msvit.metrics import summarize_costs
 from mmseg_msvit.mixed_scale import MixedScale
 from mmseg_msvit.tokens import region_grid
-from mmseg_msvit.tooling.command_line import DEVICE, one_line_errors, positive, print_table, write_json
-from mmseg_msvit.tooling.testset import load_config, load_model, load_testset, walk
+from mmseg_msvit.tooling.command_line import DEVICE, about, one_line_errors, positive, print_table, write_json
+from mmseg_msvit.tooling.testset import image_path, load_config, load_model, load_testset, over_images
 
 SHARES = (0, 0.25, 0.5, 0.75, 1)
 
@@ -63,7 +65,9 @@ def main() -> None:
     else:
         if args.checkpoint is None and gated and any(isinstance(gate, LearnedGate) for gate in model.backbone.gates):
             print('no CHECKPOINT: the gate has not learned anything, its tokens mean nothing')
-        result = summarize_costs([inference_cost(model, heads, data) for data in walk(dataset)])
+        with about(image_path(dataset, 0)):
+            check_one_pass(model, dataset[0])
+        result = summarize_costs(over_images(dataset, partial(inference_cost, model, heads)))
         rows = [
             [
                 key if key == 'tokens' else f'{key} GMACs',

@@ -4,10 +4,12 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
+from typing import Callable, Iterator, Sequence, Union
 
+import cv2
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +34,30 @@ def one_line_errors() -> Iterator[None]:
         yield
     except InputError as error:
         raise SystemExit(str(error)) from None
+
+
+# What a file that is not as it should be makes other libraries raise.
+OF_FILES = (OSError, ValueError, ArithmeticError, AssertionError, RuntimeError, SyntaxError, cv2.error)
+
+
+@contextmanager
+def about(file: Union[str, Path]) -> Iterator[None]:
+    """Names the file in whatever goes wrong with it inside the ``with`` block.
+
+    A tool that makes something of each file goes on with the next one, and lists these errors at its end. One whose
+    answer is of all files together stops at the first.
+
+    Raises:
+        InputError: of what files are to blame for; any other error goes on as it is, below a line with the file.
+    """
+    try:
+        yield
+    except OF_FILES as error:
+        message = str(error) if isinstance(error, InputError) else first_line(error)
+        raise InputError(message if str(file) in message else f'{file}: {message}') from error
+    except Exception:
+        print(f'The error below came with {file}', file=sys.stderr)
+        raise
 
 
 def positive(text: str) -> int:

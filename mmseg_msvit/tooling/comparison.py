@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..flops import add_up, pass_costs
 from ..inspection import record_tokens
-from ..purity import IGNORE_INDEX
+from ..labels import IGNORE_INDEX
+from .command_line import about
 from .dense_pass import Example, evenly
 
 # Images through the fitted model, evenly spread over all, for the table.
@@ -22,7 +23,8 @@ CHECKED = 100
 def predict(model: nn.Module, examples: Sequence[Example], title: str) -> Iterator[Tuple[Example, Tensor, dict]]:
     """What the converted model makes of images, in the segmentor's own inference: example, (H, W) class ids, costs."""
     for example in track(examples, title):
-        with torch.no_grad(), record_tokens(model) as seen:
+        file = example.data['data_samples'].img_path
+        with about(file), torch.no_grad(), record_tokens(model) as seen:
             (sample,) = model.test_step(pseudo_collate([deepcopy(example.data)]))
         costs = add_up([image for tokens, _ in seen for image in pass_costs(model.backbone, tokens)])
         yield example, sample.pred_sem_seg.data[0].cpu(), costs

@@ -15,9 +15,10 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from ..doubt import class_shares
-from ..purity import IGNORE_INDEX
+from ..inspection import check_one_pass
+from ..labels import IGNORE_INDEX, one_class
 from ..tokens import Grid
-from .command_line import InputError
+from .command_line import InputError, about
 from .testset import FileReader, list_images, load_dataset, load_testset
 
 TARGETS = ('mixed', 'labels')
@@ -114,34 +115,50 @@ def gather(
         target: ``'mixed'``, what the model sees in each window, or ``'labels'``.
 
     Raises:
-        InputError: an image cannot be read, or has no labels where these are the target.
+        InputError: an image cannot be read or used, or has no labels where these are the target, or these are of one
+            class; or the segmentor runs its backbone several times on an image.
     """
-    patch = model.backbone.patch_size
-    examples, windows = [], []
+    examples, windows, ids = [], [], set()
     for path, truth in track(list(zip(images, truths)), 'dense model'):
         data, labels = reader.read(path, truth)
-        if labels is None and target == 'labels':
-            raise InputError(f'--target labels: wanted labels of each image, got none of {path}')
-        size, seen = tuple(data['inputs'].shape[1:]), []
-
-        def encode_decode(inputs, batch_img_metas, size=size, seen=seen, labels=labels):
-            logits = type(model).encode_decode(model, inputs, batch_img_metas)
-            y, x = divmod(inputs.storage_offset(), inputs.stride(2))  # slide inference takes views of the image
-            box = (y, x, *inputs.shape[2:])
-            shares = class_shares(logits, patch) if target == 'mixed' else _label_shares(labels, size, box, patch)
-            seen.append((box, shares[0].cpu()))
-            return logits
-
-        model.encode_decode = encode_decode
-        try:
-            (sample,) = model.test_step(pseudo_collate([deepcopy(data)]))
-        finally:
-            del model.encode_decode
-        assert len({box for box, _ in seen}) == len(seen), 'windows are no longer views, their places not known'
+        if target == 'labels':
+            if labels is None:
+                raise InputError(f'--target labels: wanted labels of each image, got none of {path}')
+            ids.update(np.unique(labels).tolist())
+        with about(path):
+            if not examples:
+                check_one_pass(model, data)
+            prediction, seen = _dense_pass(model, data, labels, target)
         windows += [Window(len(examples), box, shares) for box, shares in seen]
-        prediction = sample.pred_sem_seg.data[0].cpu()
-        examples.append(Example(data, prediction.to(torch.uint8 if prediction.max() < 256 else torch.int32), labels))
+        examples.append(Example(data, prediction, labels))
+    why = one_class(ids) if target == 'labels' else None
+    if why:
+        raise InputError(f'--target labels: wanted labels that tell regions apart, but {why}')
     return examples, windows
+
+
+def _dense_pass(
+    model: nn.Module, data: dict, labels: Optional[np.ndarray], target: str
+) -> Tuple[Tensor, List[Tuple[Tuple[int, int, int, int], Tensor]]]:
+    """What :func:`gather` keeps of an image: its prediction, and box and shares of each window."""
+    patch, size, seen = model.backbone.patch_size, tuple(data['inputs'].shape[1:]), []
+
+    def encode_decode(inputs, batch_img_metas):
+        logits = type(model).encode_decode(model, inputs, batch_img_metas)
+        y, x = divmod(inputs.storage_offset(), inputs.stride(2))  # slide inference takes views of the image
+        box = (y, x, *inputs.shape[2:])
+        shares = class_shares(logits, patch) if target == 'mixed' else _label_shares(labels, size, box, patch)
+        seen.append((box, shares[0].cpu()))
+        return logits
+
+    model.encode_decode = encode_decode
+    try:
+        (sample,) = model.test_step(pseudo_collate([deepcopy(data)]))
+    finally:
+        del model.encode_decode
+    assert len({box for box, _ in seen}) == len(seen), 'windows are no longer views, their places not known'
+    prediction = sample.pred_sem_seg.data[0].cpu()
+    return prediction.to(torch.uint8 if prediction.max() < 256 else torch.int32), seen
 
 
 def _label_shares(labels: np.ndarray, size: Grid, box: Tuple[int, int, int, int], patch: int) -> Tensor:

@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import torch
 from torch import nn
 
 from ..flops import HeadMacs, pass_costs
 from ..inspection import as_dense, deciding_by, find_msvit, look
 from ..tokens import region_grid
-from ..visualization import sample_pictures
+from ..visualization import picture_of, sample_pictures
 from .command_line import InputError
 from .testset import FileReader
 from .timing import timed
@@ -27,9 +28,25 @@ class Opened(NamedTuple):
     """An image, and what the dense model makes of it."""
 
     pixels: np.ndarray  # (H, W, 3) uint8 RGB
+    shown: str  # what is to be known of these, see picture_of
     data: dict  # what the test pipeline made of it
     prediction: np.ndarray  # (H', W') int64 class ids, of which mmseg makes floats where one logit tells two classes
     milliseconds: float
+
+
+def reduced(image: np.ndarray) -> np.ndarray:
+    """An image (H, W) or (H, W, C) of any dtype, made so small that its longer side is ``LONGEST``."""
+    height, width = image.shape[:2]
+    shrink = LONGEST / max(height, width)
+    if shrink >= 1:
+        return image
+    size = max(1, round(shrink * width)), max(1, round(shrink * height))
+    # Band by band: OpenCV resizes up to four at once.
+    bands = [
+        cv2.resize(np.ascontiguousarray(band), size, interpolation=cv2.INTER_AREA)
+        for band in np.moveaxis(np.atleast_3d(image), 2, 0)
+    ]
+    return np.stack(bands, -1) if image.ndim == 3 else bands[0]
 
 
 class Explorer:
@@ -51,20 +68,23 @@ class Explorer:
         Raises:
             InputError: it is no picture.
         """
-        pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR) if image else None
-        if pixels is None:
-            raise InputError('image: wanted a picture (JPEG, PNG, WebP, BMP), got a file that is none or is broken')
-        shrink = min(1, LONGEST / max(pixels.shape))
-        height, width = (max(1, round(shrink * side)) for side in pixels.shape[:2])
-        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
         with TemporaryDirectory() as folder:
-            path = Path(folder) / 'image.png'
-            cv2.imwrite(str(path), pixels)
-            data, _ = self.reader.read(path)
+            path = Path(folder) / f'image{self.reader.dataset.img_suffix}'
+            path.write_bytes(image)
+            try:
+                data = self.reader.load(path)
+            except InputError as error:
+                raise InputError(
+                    'image: wanted a picture that the config reads, got a file that is none or is broken'
+                ) from error
+            data['img'] = reduced(data['img'])
+            data['img_shape'] = data['ori_shape'] = data['img'].shape[:2]
+            pixels, shown = picture_of(torch.from_numpy(np.atleast_3d(data['img'])).permute(2, 0, 1))
+            data, _ = self.reader.prepare(data)
         with as_dense(self.model):
             self._timed(data)
             milliseconds, (sample, _, _) = self._timed(data)
-        return Opened(pixels[..., ::-1], data, sample.pred_sem_seg.data[0].long().cpu().numpy(), milliseconds)
+        return Opened(pixels, shown, data, sample.pred_sem_seg.data[0].long().cpu().numpy(), milliseconds)
 
     def _timed(self, data: dict) -> tuple:
         """Milliseconds of :func:`look`, and what it returns."""
@@ -83,7 +103,8 @@ class Explorer:
         Returns:
             ``tokens`` and ``dense_tokens``; ``gmacs`` and ``dense_gmacs`` of the whole segmentor; ``milliseconds`` and
             ``dense_milliseconds`` of one pass; ``agreement`` with the dense model, a share of the pixels; ``classes``
-            that are predicted, name -> colour, the most common first; and ``pictures`` by :func:`.sample_pictures`.
+            that are predicted, name -> colour, the most common first; ``pictures`` by :func:`.sample_pictures`, and
+            what is ``shown`` in them, see :func:`.picture_of`.
 
         Raises:
             InputError: the image is no picture, or the knob or its value is none.
@@ -101,13 +122,14 @@ class Explorer:
             milliseconds, (sample, tokens, decision) = self._timed(opened.data)
         prediction = sample.pred_sem_seg.data[0].long().cpu().numpy()
         (cost,) = pass_costs(self.backbone, tokens, self.heads)
-        names, palette = self.reader.dataset.metainfo['classes'], self.reader.palette
+        names, palette, _ = self.reader.classes
         pixels = np.bincount(prediction.ravel(), minlength=len(names))
         return dict(
             tokens=cost['tokens'],
             dense_tokens=cost['dense_tokens'],
             gmacs=cost['total'] / 1e9,
             dense_gmacs=cost['dense_total'] / 1e9,
+            shown=opened.shown.removeprefix(', '),
             milliseconds=milliseconds,
             dense_milliseconds=opened.milliseconds,
             agreement=float((prediction == opened.prediction).mean()),

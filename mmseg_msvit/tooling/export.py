@@ -20,16 +20,12 @@ from torch import Tensor, nn
 from .. import __version__
 from ..embedding import mean_weights
 from ..inspection import deciding_by, evaluating, find_msvit, record_tokens
+from ..labels import last_head
 from .command_line import InputError, first_line
 from .testset import FileReader
 
 # The first whose resizing knows all that torch's does is 18, whose pooling is right at a ragged edge 19.
 OPSET = 20
-
-
-def last_head(model: nn.Module) -> nn.Module:
-    """A segmentor's head; of a cascade's the one whose classes are the answer."""
-    return model.decode_head[-1] if isinstance(model.decode_head, nn.ModuleList) else model.decode_head
 
 
 class Deployed(nn.Module):
@@ -56,8 +52,8 @@ class Deployed(nn.Module):
         return self._class_map(logits) if self.classes else logits, tokens.active_counts()
 
     def _class_map(self, logits: Tensor) -> Tensor:
-        if self.model.out_channels == 1:  # two classes by one logit
-            return (logits[:, 0].sigmoid() > last_head(self.model).threshold).to(torch.uint8)
+        if logits.shape[1] == 1:  # two classes by one logit
+            return (logits[:, 0].sigmoid() > last_head(self.model.decode_head).threshold).to(torch.uint8)
         return logits.argmax(1).to(torch.uint8)
 
 
@@ -192,8 +188,8 @@ def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
             f'CONFIG: wanted a data_preprocessor.test_cfg with size_divisor alone, got size={pixels.test_cfg["size"]}'
         )
     found = dict(
-        classes=reader.dataset.metainfo['classes'],
-        palette=reader.palette,
+        classes=reader.classes.names,
+        palette=reader.classes.palette,
         mean=pixels.mean.flatten().tolist() if normalised else [0.0] * channels,
         std=pixels.std.flatten().tolist() if normalised else [1.0] * channels,
         bgr_to_rgb=bool(given.get('bgr_to_rgb') or given.get('rgb_to_bgr')),
@@ -205,7 +201,7 @@ def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
         prefix_tokens=backbone.select.prefix,
         threshold=backbone.select.threshold,
         token_budget=backbone.select.token_budget,
-        binary_threshold=last_head(model).threshold,
+        binary_threshold=last_head(model.decode_head).threshold,
         versions=dict(mmseg_msvit=__version__, torch=torch.__version__),
     )
     return {name: json.dumps(value) for name, value in found.items()}

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from ..doubt import doubt_scale, doubt_target, region_doubt
 from ..gates import FixedGate
+from ..labels import Classes
 from ..mixed_scale import MixedScale
 from ..selection import TokenSelector
 from ..tokens import Grid, shrunk_grid
 from ..whole_models import OF_GATES
 from .command_line import InputError, write_whole
 from .dense_pass import Example, Window, pixels
+from .testset import merge_first
 
 # The mixed-scale backbone that takes over a dense one's weights, by the dense one's class.
 STANDS_IN = {'VisionTransformer': 'MSViT', 'BEiT': 'MSBEiT', 'MAE': 'MSMAE'}
@@ -52,9 +54,9 @@ def dense_backbone(model: nn.Module, path: str) -> nn.Module:
     backbone = model.backbone
     kind = type(backbone).__name__
     if kind not in STANDS_IN:
+        wrapped = ". A plain ViT in a wrapper can be written as an MSViT with gate=dict(type='FixedGate'): see docs/recipes.md"
         raise InputError(
-            f'CONFIG: wanted a backbone of type {", ".join(STANDS_IN)}, got {kind} in {path}. A plain ViT in a wrapper '
-            "can be written as an MSViT with gate=dict(type='FixedGate'): see docs/recipes.md"
+            f'CONFIG: wanted a backbone of type {", ".join(STANDS_IN)}, got {kind} in {path}{merge_first(model) or wrapped}'
         )
     if isinstance(backbone, MixedScale):
         gate = backbone.gate
@@ -134,7 +136,8 @@ def fit(model: nn.Module, examples: List[Example], windows: List[Window], budget
     for gate in backbone.gates:
         nn.init.zeros_(gate.last.bias)  # half of the targets are above one half
     optimizer = torch.optim.AdamW(gates.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=max(steps, 2), pct_start=0.1)
+    # Its warm-up of a tenth wants two steps: fewer than twenty in all are the first of twenty.
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=max(steps, 20), pct_start=0.1)
     order: List[int] = []
     for _ in track(range(steps), 'gate'):
         if len(order) < BATCH:
@@ -178,7 +181,8 @@ def find_threshold(
         budget: the share of the dense tokens, cls and registers among both, over all windows.
 
     Returns:
-        The largest threshold that is within the budget, at most 1, which is all fine, and its share.
+        A threshold that spends as much of the budget as can be, at most 1, which is all fine, and its share. It is in
+        the middle between the probabilities of two regions.
 
     Raises:
         InputError: even all coarse is not within the budget.
@@ -198,7 +202,7 @@ def find_threshold(
             tokens += sum(select(gates, grid)[0].lengths)
         return tokens / dense
 
-    # A threshold between two values is the lower of them: a region has to be above it.
+    # A threshold between two values is as the lower of them: a region has to be above it.
     values = torch.cat([a.flatten() for levels in groups.values() for a in levels]).sigmoid().unique().tolist()
     values = [0.0, *values, 1.0]
     if share(0.0) > budget:
@@ -209,7 +213,17 @@ def find_threshold(
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if share(values[middle]) <= budget else (low, middle)
-    return values[low], share(values[low])
+    threshold = between(values[low], values[min(high, len(values) - 1)])
+    return threshold, share(threshold)
+
+
+def between(low: float, high: float) -> float:
+    """The threshold that no region stands at: the middle of two probabilities, by float32, in which they are compared.
+
+    On a region's own probability, a rounding elsewhere, as in an exported file, would turn the region over.
+    """
+    middle = float(np.float32((low + high) / 2))
+    return middle if low < middle < high else low
 
 
 def convert(config: Config, dense: nn.Module, gate: str, scales: Sequence[int]) -> Tuple[nn.Module, dict]:
@@ -270,7 +284,7 @@ def check_out(out: Path, *inputs: str) -> None:
         )
 
 
-def write(config: Config, model: nn.Module, changes: dict, metainfo: dict, out: Path) -> None:
+def write(config: Config, model: nn.Module, changes: dict, classes: Classes, out: Path) -> None:
     """Writes ``checkpoint.pth``, then ``config.py`` and ``train.py``; each is there as a whole or not at all.
 
     ``train.py`` is for training, with the gate as it is here. It begins with the weights that the dense segmentor's
@@ -281,7 +295,7 @@ def write(config: Config, model: nn.Module, changes: dict, metainfo: dict, out: 
         config: of the dense segmentor, which the new one inherits from.
         model: the converted one, with its threshold.
         changes: by :func:`convert`.
-        metainfo: of the data set, its classes and palette.
+        classes: their names and colours, which go into the checkpoint.
         out: folder.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -318,7 +332,7 @@ def write(config: Config, model: nn.Module, changes: dict, metainfo: dict, out: 
             "_base_ = './config.py'",
         ]
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
-    meta = dict(dataset_meta={key: metainfo[key] for key in ('classes', 'palette') if key in metainfo})
+    meta = dict(dataset_meta=dict(classes=classes.names, palette=classes.palette))
     write_whole(out / 'checkpoint.pth', partial(torch.save, dict(meta=meta, state_dict=weights)))
     for name, text in (('config.py', lines), ('train.py', anew)):
         write_whole(out / name, lambda path, text=text: path.write_text('\n'.join(text) + '\n'))

@@ -2,8 +2,9 @@
 
 import base64
 import io
+import warnings
 from collections import Counter
-from typing import Dict, List, Tuple
+from typing import Dict, List, Set, Tuple
 
 import cv2
 import jinja2
@@ -14,11 +15,12 @@ from mmengine.dataset import BaseDataset
 from torch import nn
 
 from ..inspection import coarse_regions, find_msvit, look, seen_size
+from ..labels import IGNORE_INDEX, Classes, one_class
 from ..metrics import summarize
-from ..purity import IGNORE_INDEX, region_purity
-from ..visualization import sample_figure, to_rgb
+from ..purity import region_purity
+from ..visualization import sample_figure
 from .command_line import InputError
-from .testset import walk
+from .testset import over_images
 
 # Bins of purity: the share of a region's commonest class.
 BINS = np.linspace(0.3, 1.0, 8)
@@ -41,11 +43,12 @@ class Analysis:
 
     def __init__(self, model: nn.Module, dataset: BaseDataset, ignored: int = IGNORE_INDEX):
         self.model, self.backbone, self.ignored = model, find_msvit(model), ignored
-        self.classes, self.palette = list(dataset.metainfo['classes']), dataset.metainfo['palette']
-        if len(self.classes) > IGNORE_INDEX:
-            raise InputError(f'test set: wanted at most {IGNORE_INDEX} classes, got {len(self.classes)}')
+        self.classes = Classes.of(model.decode_head, dataset.metainfo, ignored)
+        names = self.classes.names
+        if len(names) > IGNORE_INDEX:
+            raise InputError(f'test set: wanted at most {IGNORE_INDEX} classes, got {len(names)}')
         self.regions = Counter()  # uniform and mixed ones, and how many of each are coarse
-        self.pixels = np.zeros((2, 2, len(self.classes)), int)  # fine or coarse, wrong or right, class of the truth
+        self.pixels = np.zeros((2, 2, len(names)), int)  # fine or coarse, wrong or right, class of the truth
         self.by_purity = np.zeros((2, len(BINS) - 1), int)  # fine or coarse, bin
         self.cells = np.zeros(len(self.backbone.scales), int)  # by the level of their token
         self.tokens: List[int] = []
@@ -53,22 +56,26 @@ class Analysis:
         self.maps: List[np.ndarray] = []
         # (tokens, index, what to draw) of the images with the fewest and the most, SHOWN each, in this order
         self.extremes: List[Tuple[int, int, tuple]] = []
-        for data in walk(dataset):
-            self._add(data)
+        self.labels: Set[int] = set()
+        over_images(dataset, self._add)
+        why = one_class(self.labels)
+        if why:
+            warnings.warn(f'test set: {why}. Uniform and mixed regions mean nothing', stacklevel=2)
 
     def _add(self, data: dict) -> None:
-        sample, tokens, decision = look(self.model, data)
-        if 'gt_sem_seg' not in sample:
+        truth = self.classes.read_sample(data['data_samples'])
+        if truth is None:
             raise InputError('test set: wanted truth for each image, got a pipeline that loads none')
+        self.labels.update(np.unique(truth).tolist())
+        sample, tokens, decision = look(self.model, data)
         patch, region = self.backbone.patch_size, self.backbone.scales[1]
         height, width = seen_size(self.backbone, tokens, sample)  # the truth keeps its own size
 
-        def fit(labels):
-            labels = labels[0].cpu().numpy().astype(np.uint8)
-            return cv2.resize(labels, (width, height), interpolation=cv2.INTER_NEAREST)
-
-        sample.gt_sem_seg.data[sample.gt_sem_seg.data == self.ignored] = IGNORE_INDEX
-        truth, prediction = fit(sample.gt_sem_seg.data), fit(sample.pred_sem_seg.data)
+        prediction = sample.pred_sem_seg.data[0].cpu().numpy().astype(np.uint8)
+        whole, (truth, prediction) = (
+            truth,
+            (cv2.resize(labels, (width, height), interpolation=cv2.INTER_NEAREST) for labels in (truth, prediction)),
+        )
         coarse = coarse_regions(self.backbone, tokens).cpu()  # (1, hc, wc)
         labels = torch.from_numpy(truth)[None].long()
         share, labelled = (t.numpy() for t in region_purity(labels, coarse.shape[1:], region))
@@ -81,7 +88,7 @@ class Analysis:
         levels = tokens.levels()[0].cpu().numpy()  # (h, w)
         self.cells += np.bincount(levels.ravel(), minlength=len(self.cells))
         of_pixel = np.kron(levels > 0, np.ones((patch, patch), int))[:height, :width]
-        known = truth < len(self.classes)
+        known = truth != IGNORE_INDEX
         index = (of_pixel[known].astype(int), (truth == prediction)[known].astype(int), truth[known])
         np.add.at(self.pixels, index, 1)
 
@@ -89,9 +96,8 @@ class Analysis:
         self.dense.append(tokens.dense_length - tokens.prefix)
         self.maps.append(coarse[0].astype(float))
         sample.pop('seg_logits', None)  # large, and not drawn
-        self.extremes.append(
-            (self.tokens[-1], len(self.tokens) - 1, (tokens, decision, to_rgb(data['inputs']), sample))
-        )
+        drawn = tokens, decision, data['inputs'], sample, whole
+        self.extremes.append((self.tokens[-1], len(self.tokens) - 1, drawn))
         self.extremes.sort(key=lambda extreme: extreme[:2])
         if len(self.extremes) > 2 * SHOWN:
             del self.extremes[SHOWN]
@@ -141,7 +147,7 @@ class Analysis:
                     accuracy_fine=ratio(right[0, i], all_pixels[0, i]),
                     accuracy_coarse=ratio(right[1, i], all_pixels[1, i]),
                 )
-                for i, name in enumerate(self.classes)
+                for i, name in enumerate(self.classes.names)
             },
             purity=[
                 dict(low=round(float(a), 2), high=round(float(b), 2), regions=int(n), coarse=ratio(c, n))
@@ -218,7 +224,7 @@ def page(analysis: Analysis, numbers: dict, template: str, config: str, checkpoi
 
     def drawn(extreme):
         tokens, index, what = extreme
-        _, png = cv2.imencode('.png', sample_figure(analysis.backbone, *what, analysis.palette)[..., ::-1])
+        _, png = cv2.imencode('.png', sample_figure(analysis.backbone, *what, analysis.classes.palette)[..., ::-1])
         return dict(index=index, tokens=tokens, dense=analysis.dense[index], uri=data_uri(png.tobytes()))
 
     shown = min(SHOWN, len(analysis.tokens) // 2) or 1

@@ -15,10 +15,10 @@ from rich.progress import track
 from torch import nn
 
 from ..flops import PLAIN_VITS, HeadMacs, add_up, inference_cost, pass_costs
-from ..inspection import deciding_by, record_tokens
+from ..inspection import check_one_pass, deciding_by, record_tokens
 from ..mixed_scale import MixedScale
-from .command_line import InputError
-from .testset import iou_metric, load_config, load_model, load_testset
+from .command_line import InputError, about
+from .testset import image_path, iou_metric, load_config, load_model, load_testset
 from .timing import timed
 
 
@@ -49,6 +49,8 @@ class Variant:
 
     def test(self, data: dict, counts: bool = True) -> None:
         """Runs one image, and unless it only warms up, counts it."""
+        if not counts:
+            check_one_pass(self.model, data)
         if self.threshold is None:
             seconds, result = self._timed(data)
             cost = inference_cost(self.model, self.heads, data)
@@ -114,9 +116,10 @@ def measure(runs: Sequence[Run], thresholds: Sequence[float], device: str) -> Tu
 
     MMLogger.get_instance('sweep', log_level='WARNING')  # else IoUMetric prints a table for each variant
     for i in track(range(-1, len(images)), 'images'):
-        data = {config: dataset[max(i, 0)] for config, dataset in datasets.items()}
-        for variant in variants:
-            variant.test(data[variant.run.config], counts=i >= 0)  # the first image once more, to warm up
+        with about(image_path(next(iter(datasets.values())), max(i, 0))):
+            data = {config: dataset[max(i, 0)] for config, dataset in datasets.items()}
+            for variant in variants:
+                variant.test(data[variant.run.config], counts=i >= 0)  # the first image once more, to warm up
     reference = next((v for v in variants if v.threshold is None), variants[0])
     return [variant.point(reference) for variant in variants], reference
 

@@ -1,10 +1,10 @@
 """A model and the images to look at it with, from what a user of a tool gives: a config, a checkpoint, files."""
 
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple, Union
 
-import cv2
 import numpy as np
 from mmcv.transforms import LoadAnnotations
 from mmengine.config import Config, ConfigDict
@@ -14,17 +14,20 @@ from mmengine.registry import init_default_scope
 from mmseg.apis import init_model
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import DATASETS, TRANSFORMS
+from PIL import Image
 from rich.progress import track
 from torch import nn
 
+from ..labels import IGNORE_INDEX, Classes, check_heads, check_labels
 from ..mixed_scale import MixedScale
-from ..purity import IGNORE_INDEX
 from ..whole_models import load_segmentor
-from .command_line import InputError, first_line
+from .command_line import OF_FILES, InputError, about, first_line
 
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
-# What decoders raise at a file that is no picture.
-UNREADABLE = (OSError, ValueError, AssertionError, SyntaxError, cv2.error)
+# What OpenCV reads, and so mmseg.
+SUFFIXES = (
+    '.jpg', '.jpeg', '.jpe', '.jp2', '.png', '.bmp', '.dib', '.webp', '.avif', '.gif', '.tif', '.tiff', '.exr', '.hdr',
+    '.pbm', '.pgm', '.ppm', '.pnm', '.ras',
+)  # fmt: skip
 
 
 def load_config(path: str) -> Config:
@@ -63,6 +66,10 @@ def load_model(
         raise InputError(f'CHECKPOINT: wanted a file, got {checkpoint}, which is not there')
     model = init_model(config, device='cpu')
     check_backbone(model, wanted, config.filename)
+    try:
+        check_heads(model)
+    except ValueError as error:
+        raise InputError(f'CONFIG: {error}') from error
     if checkpoint is not None:
         try:
             load_segmentor(model, checkpoint)
@@ -84,7 +91,13 @@ def check_backbone(model: nn.Module, wanted: Union[type, Tuple[type, ...]], path
         got = type(model.backbone).__name__
         kinds = wanted if isinstance(wanted, tuple) else (wanted,)
         names = ' or '.join('MSViT' if kind is MixedScale else kind.__name__ for kind in kinds)
-        raise InputError(f'CONFIG: wanted a backbone of type {names}, got {got} in {path}')
+        raise InputError(f'CONFIG: wanted a backbone of type {names}, got {got} in {path}{merge_first(model)}')
+
+
+def merge_first(model: nn.Module) -> str:
+    """For an error: what to do with a LoRA of mmpretrain's."""
+    is_lora = hasattr(type(model.backbone), 'apply_lora')
+    return '. LoRA: merge it first, by tools/merge_lora.py CONFIG CHECKPOINT --out merged' if is_lora else ''
 
 
 def _testset_config(config: Config) -> ConfigDict:
@@ -133,15 +146,42 @@ def iou_options(config: Config) -> dict:
 
 def iou_metric(config: Config, dataset: BaseDataset) -> IoUMetric:
     """The mIoU of a config's test set, as its own evaluator counts it."""
-    metric = IoUMetric(**iou_options(config))
-    metric.dataset_meta = dataset.metainfo
+    options = iou_options(config)
+    metric = CheckedIoU(**options)
+    metric.classes = Classes.of(config.model.decode_head, dataset.metainfo, options['ignore_index'])
+    metric.dataset_meta = dict(classes=metric.classes.names, palette=metric.classes.palette)
     return metric
 
 
-def walk(dataset: BaseDataset) -> Iterator[dict]:
-    """What the pipeline makes of each image of a data set, with a progress bar."""
-    for i in track(range(len(dataset)), 'images'):
-        yield dataset[i]
+class CheckedIoU(IoUMetric):
+    """mmseg's mIoU, which refuses labels that it would leave out or read as others."""
+
+    classes: Classes
+
+    def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
+        for sample in data_samples:
+            self.classes.read(sample['gt_sem_seg']['data'].cpu().numpy(), sample['ori_shape'][:2])
+        super().process(data_batch, data_samples)
+
+
+def over_images(dataset: BaseDataset, function: Callable[[dict], Any]) -> list:
+    """What a function gives for what the pipeline makes of each image of a data set, with a progress bar.
+
+    Raises:
+        InputError: an image cannot be read or used; the message names its file.
+    """
+    return [_of_image(dataset, i, function) for i in track(range(len(dataset)), 'images')]
+
+
+def _of_image(dataset: BaseDataset, i: int, function: Callable[[dict], Any]) -> Any:
+    with about(image_path(dataset, i)):
+        return function(dataset[i])
+
+
+def image_path(dataset: Sequence, i: int) -> str:
+    """The file of a data set's image, or, of one that has no files, its number."""
+    known = hasattr(dataset, 'get_data_info')
+    return str(dataset.get_data_info(i).get('img_path', f'image {i}')) if known else f'image {i}'
 
 
 class FileReader:
@@ -162,12 +202,29 @@ class FileReader:
         self.transforms = list(self.dataset.pipeline.transforms)
         if not any(isinstance(transform, LoadAnnotations) for transform in self.transforms):
             self.transforms.insert(-1, TRANSFORMS.build(dict(type='LoadAnnotations')))  # before what packs
-        self.ignored = iou_options(config)['ignore_index']
+        ignored = iou_options(config)['ignore_index']
+        self.classes = Classes.of(config.model.decode_head, self.dataset.metainfo, ignored)
 
     @property
     def palette(self) -> List[List[int]]:
         """The colours of the classes."""
-        return self.dataset.metainfo['palette']
+        return self.classes.palette
+
+    def load(self, image: Path) -> dict:
+        """An image as the test pipeline's loading makes it: ``img`` (H, W) or (H, W, C) of any dtype, BGR.
+
+        Raises:
+            InputError: the file is no picture.
+        """
+        data = dict(img_path=str(image), seg_fields=[], reduce_zero_label=self.dataset.reduce_zero_label)
+        data['label_map'] = self.dataset.label_map
+        for number, transform in enumerate(self.transforms):
+            if not isinstance(transform, LoadAnnotations):
+                with _reading('image: wanted a picture', image):
+                    data = transform(data)
+            if 'img' in data:
+                return dict(data, loaded=number)
+        raise InputError("CONFIG: wanted a test pipeline that loads an image as 'img', got one that does not")
 
     def read(self, image: Path, truth: Optional[Path] = None) -> Tuple[dict, Optional[np.ndarray]]:
         """An image through the test pipeline, and its class ids (H, W) uint8 as the data set counts them.
@@ -177,25 +234,25 @@ class FileReader:
         Raises:
             InputError: a file is no picture, or the truth is not class ids of the image's size.
         """
-        data = dict(img_path=str(image), seg_fields=[], reduce_zero_label=self.dataset.reduce_zero_label)
-        data['label_map'] = self.dataset.label_map
+        return self.prepare(self.load(image), truth)
+
+    def prepare(self, data: dict, truth: Optional[Path] = None) -> Tuple[dict, Optional[np.ndarray]]:
+        """:meth:`read` of what :meth:`load` gave."""
+        image, size = data['img_path'], tuple(data['ori_shape'])
         if truth is not None:
             data['seg_map_path'] = str(truth)
-        for transform in self.transforms:
-            is_truths = isinstance(transform, LoadAnnotations)
-            if is_truths and truth is None:
-                continue
-            what, path = ('truth: wanted class ids', truth) if is_truths else ('image: wanted a picture', image)
-            try:
-                data = transform(data)
-            except UNREADABLE as error:
-                raise InputError(f'{what}, got {path}, which cannot be read: {first_line(error)}') from error
-            if is_truths:
-                shape, size = data['gt_seg_map'].shape, tuple(data['ori_shape'])
-                if len(shape) != 2:
-                    raise InputError(f'{what} (H, W), got {path} of shape {shape}, which looks like colours')
-                if shape != size:
-                    raise InputError(f'{what} of the size of {image}, {size}, got {path} of {shape}')
+        for transform in self.transforms[data.pop('loaded') + 1 :]:
+            if isinstance(transform, LoadAnnotations):
+                if truth is None:
+                    continue
+                with _reading('truth: wanted class ids', truth):
+                    data = transform(data)
+                with _truth_as_wanted(image, truth):
+                    check_labels(data['gt_seg_map'], size)
+                    check_depth(truth)
+            else:
+                with _reading('image: wanted a picture', image):
+                    data = transform(data)
         if truth is None:
             return data, None
         labels = data['data_samples'].gt_sem_seg.data[0].numpy()
@@ -205,7 +262,40 @@ class FileReader:
                 'CONFIG: wanted a test pipeline that leaves labels as large as their image, LoadAnnotations after '
                 f"what resizes, as in mmseg's, got labels {labels.shape} of {size}"
             )
-        return data, np.where(labels == self.ignored, IGNORE_INDEX, labels).astype(np.uint8)
+        with _truth_as_wanted(image, truth):
+            return data, self.classes.read(labels, size)
+
+
+@contextmanager
+def _reading(wanted: str, path: Union[str, Path]) -> Iterator[None]:
+    try:
+        yield
+    except OF_FILES as error:
+        raise InputError(f'{wanted}, got {path}, which cannot be read: {first_line(error)}') from error
+
+
+@contextmanager
+def _truth_as_wanted(image: str, truth: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f'truth: {truth} of {image}: {error}') from error
+
+
+def check_depth(truth: Path) -> None:
+    """Refuses a file of class ids that mmseg, which keeps eight bits of each, would read as others.
+
+    Raises:
+        ValueError: it has ids of more than eight bits.
+    """
+    try:
+        with Image.open(truth) as picture:
+            deep = picture.mode.startswith(('I', 'F'))
+            most = np.asarray(picture).max() if deep else 0
+    except OSError:  # not of a kind that pillow reads
+        return
+    if most > 255:
+        raise ValueError(f'labels: wanted class ids of 8 bits, of which mmseg reads no more, got {most:g} and less')
 
 
 def list_images(path: Path) -> List[Path]:
@@ -223,7 +313,7 @@ def list_images(path: Path) -> List[Path]:
 
 
 def pair_truth(images: List[Path], truth: Optional[Path]) -> List[Optional[Path]]:
-    """The file with each image's class ids: ``truth`` itself, or the PNG of the image's name in that folder.
+    """The file with each image's class ids: ``truth`` itself, or that of the image's name in that folder, a PNG or TIFF.
 
     Raises:
         InputError: one is not there, or one file is given for several images.
@@ -232,12 +322,17 @@ def pair_truth(images: List[Path], truth: Optional[Path]) -> List[Optional[Path]
         return [None] * len(images)
     if truth.is_file() and len(images) > 1:
         raise InputError(f'truth: wanted a folder, since there are {len(images)} images, got the file {truth}')
-    found = [truth / f'{image.stem}.png' if truth.is_dir() else truth for image in images]
+    found = [_with_stem(truth, image.stem) if truth.is_dir() else truth for image in images]
     missing = [str(path) for path in found if not path.is_file()]
     if missing:
         more = f' and {len(missing) - 1} more' if len(missing) > 1 else ''
         raise InputError(f'truth: wanted class ids of each image, {missing[0]}{more} not there')
     return found
+
+
+def _with_stem(folder: Path, stem: str) -> Path:
+    names = [folder / f'{stem}{suffix}' for suffix in ('.png', '.tif', '.tiff')]
+    return next((path for path in names if path.is_file()), names[0])
 
 
 def picture_names(images: List[Path]) -> List[str]:
