@@ -100,7 +100,7 @@ class GateLossHook(ViTWeightsHook):
             handle.remove()
 
     def _refuse_gate_that_stays(self, runner) -> None:
-        """Raises a ValueError for a gate with weights that this training leaves as they are, unless it is ``frozen``."""
+        """Raises a ValueError for a gate with weights that this training leaves as they are, unless it is frozen."""
         optimizer = getattr(runner, 'optim_wrapper', None)
         wrappers = optimizer.values() if isinstance(optimizer, OptimWrapperDict) else [optimizer] if optimizer else []
         groups = [group for wrapper in wrappers for group in wrapper.param_groups]

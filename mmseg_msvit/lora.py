@@ -12,8 +12,8 @@ from .checkpoint import ADDED, GATES
 class MSLoRAModel(LoRAModel):
     """mmpretrain's :class:`LoRAModel`, whose gate, and what else is not the pretrained ViT's, is trained and saved.
 
-    A checkpoint has LoRA's weights and these; the ViT's own come by ``init_cfg`` of ``module``. LoRAModel itself freezes
-    the gate with all the rest. Takes its arguments; ``module`` is an MSViT, MSBEiT or MSMAE.
+    A checkpoint has LoRA's weights and these; the ViT's own come by ``init_cfg`` of ``module``. LoRAModel itself
+    freezes the gate with all the rest. Takes its arguments; ``module`` is an MSViT, MSBEiT or MSMAE.
     """
 
     def __init__(self, *args, **kwargs):

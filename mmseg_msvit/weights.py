@@ -45,8 +45,8 @@ class TakesWeights:
 
         A checkpoint that ``init_cfg`` or ``pretrained`` names may be of any layout that :mod:`.layouts` knows, and
         of several models one, by ``init_cfg``'s ``prefix``; the log says what was made of it. With
-        ``resample_patch=True`` in ``init_cfg`` it may be of another patch size, with ``repeat_channels=True`` for images
-        of other channels.
+        ``resample_patch=True`` in ``init_cfg`` it may be of another patch size, with ``repeat_channels=True`` for
+        images of other channels.
 
         Raises:
             ValueError: the checkpoint cannot be read, or is not of this architecture; or ``init_cfg`` is a list in

@@ -67,7 +67,7 @@ def with_own_vit(
         if not lacks:  # what the model itself saves, which may be a part of it
             return dict(tensors), None
         raise ValueError(
-            f'checkpoint: wanted what this very model saves, since layers of its ViT were replaced, as by LoRA; got one '
+            'checkpoint: wanted what this very model saves, since layers of its ViT were replaced, as by LoRA; got one '
             f'without {", ".join(lacks[:4])}. The weights of the ViT as it was before come by '
             "module=dict(init_cfg=dict(type='Pretrained', checkpoint=..., prefix='backbone.'))"
         )

@@ -1,13 +1,13 @@
 """Writes a segmentor as one ONNX file, from the normalised image to the class map, for images of any size.
 
-    python tools/export_onnx.py CONFIG CHECKPOINT OUT.onnx [--int8] [--budget] [--classes]
+    python tools/export_onnx.py CONFIG CHECKPOINT OUT.onnx [--int8 | --fp16] [--budget] [--classes]
 
 Inputs: ``image`` (B, 3, H, W) float32, normalised, and ``threshold`` () float32, above whose probability a region is
 coarse; with --budget in its place ``tokens`` () float32, the mean number of tokens, cls token and registers among them,
 that the images of a batch may have (``token_budget`` of the backbone). Outputs: ``logits`` (B, classes, H, W), with
 --classes in their place ``classes`` (B, H, W) uint8, and ``tokens_used`` (B,) int64. The file's metadata say how images
-are read: tools/run_onnx.py needs nothing else. --int8 keeps the weights of the blocks' linear layers in int8; the gate
-and its decision stay in float32.
+are read: tools/run_onnx.py needs nothing else. --int8 keeps the weights of the blocks' linear layers in int8, --fp16
+blocks and head in float16, for GPUs; the gate and its decision, softmax and norms stay in float32.
 
 The graph sees an image in one piece, and numbers that are not finite pass through it. OpenVINO resizes positions and
 images without antialiasing, whatever the graph says, and takes no image that is smaller than the coarsest region.
@@ -31,7 +31,9 @@ def main() -> None:
     parser.add_argument('config')
     parser.add_argument('checkpoint')
     parser.add_argument('out', type=Path, metavar='OUT.onnx')
-    parser.add_argument('--int8', action='store_true', help="the blocks' linear layers in int8")
+    smaller = parser.add_mutually_exclusive_group()
+    smaller.add_argument('--int8', action='store_true', help="the blocks' linear layers in int8")
+    smaller.add_argument('--fp16', action='store_true', help='blocks and head in float16, the gate in float32')
     parser.add_argument('--budget', action='store_true', help='an input of tokens in the place of the threshold')
     parser.add_argument('--classes', action='store_true', help='a class map out in the place of logits')
     args = parser.parse_args()
@@ -56,7 +58,7 @@ def main() -> None:
         raise InputError(
             f'--int8: wanted a gate that sees pixels, got {gate}: it looks through the blocks and would change'
         )
-    save_onnx(export_onnx(model, args.budget, args.classes), args.out, notes, args.int8)
+    save_onnx(export_onnx(model, args.budget, args.classes), args.out, notes, args.int8, args.fp16)
     print(f'{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB')
 
 

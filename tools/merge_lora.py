@@ -2,8 +2,8 @@
 
     python tools/merge_lora.py CONFIG CHECKPOINT --out merged
 
-CONFIG's backbone is a LoRAModel of mmpretrain, or an MSLoRAModel, around any ViT, and CHECKPOINT is of its training. Writes
-config.py, whose backbone is that ViT, and checkpoint.pth into --out; its answers are the same. Needs mmpretrain.
+CONFIG's backbone is a LoRAModel of mmpretrain, or an MSLoRAModel, around any ViT, and CHECKPOINT is of its training.
+Writes config.py, whose backbone is that ViT, and checkpoint.pth into --out; its answers are the same. Needs mmpretrain.
 """
 
 import argparse
@@ -29,15 +29,15 @@ def main() -> None:
         raise InputError(f'--out: wanted a new folder, got {args.out}, which is there')
     config = load_config(args.config)
     model = merge_lora(load_model(config, args.checkpoint, 'cpu', LoRAModel))
-    vit = {
-        name: value for name, value in config.model.backbone.module.items() if name not in ('init_cfg', 'pretrained')
-    }
+    vit = {**config.model.backbone.module, '_delete_': True}
+    for name in ('init_cfg', 'pretrained'):  # the checkpoint has these weights
+        vit.pop(name, None)
     args.out.mkdir(parents=True)
     base = args.config if '::' in args.config else os.path.relpath(args.config, args.out)
     lines = [
         f'# {Path(base).name} with its LoRA merged.',
         f'_base_ = {base!r}',
-        f'model = dict(backbone={dict(vit, _delete_=True)!r})',
+        f'model = dict(backbone={vit!r})',
         "load_from = '{{ fileDirname }}/checkpoint.pth'",
     ]
     write_whole(args.out / 'checkpoint.pth', partial(torch.save, dict(state_dict=model.state_dict())))

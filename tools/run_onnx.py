@@ -18,9 +18,14 @@ from rich.progress import track
 
 NOTES = (
     'classes', 'palette', 'mean', 'std', 'bgr_to_rgb', 'size_divisor', 'pad_val', 'resize', 'threshold', 'token_budget',
-    'binary_threshold',
+    'binary_threshold', 'read',
 )  # fmt: skip
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
+# What OpenCV reads.
+SUFFIXES = (
+    '.jpg', '.jpeg', '.jpe', '.jp2', '.png', '.bmp', '.dib', '.webp', '.avif', '.gif', '.tif', '.tiff', '.exr', '.hdr',
+    '.pbm', '.pgm', '.ppm', '.pnm', '.ras',
+)  # fmt: skip
+COLOURS = dict(color=cv2.IMREAD_COLOR, grayscale=cv2.IMREAD_GRAYSCALE, unchanged=cv2.IMREAD_UNCHANGED)
 
 
 def load(path):
@@ -50,8 +55,31 @@ def choose_knob(session, notes, threshold, tokens):
     return {name: np.array(value, np.float32)}
 
 
+def read(path, notes):
+    """An image file as the config's pipeline reads it, (H, W, C); None where it cannot be read."""
+    if notes['read']['backend'] == 'tifffile':
+        import tifffile  # for more bands than four
+
+        try:
+            picture = tifffile.imread(path)
+        except (OSError, ValueError):  # tifffile's own are of these
+            return None
+    else:
+        picture = cv2.imread(str(path), COLOURS[notes['read']['color']])
+    return picture[..., None] if picture is not None and picture.ndim == 2 else picture
+
+
+def shown(picture):
+    """An image (H, W, C) of any dtype as (H, W, 3) uint8: what has not 8 bits is stretched, bands after 3 left out."""
+    bands = picture[..., :3] if picture.shape[2] >= 3 else picture[..., :1].repeat(3, 2)
+    if bands.dtype != np.uint8:
+        low, high = float(bands.min()), float(bands.max())
+        bands = ((bands - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+    return np.ascontiguousarray(bands)
+
+
 def prepare(picture, notes):
-    """(H, W, 3) uint8 BGR to (1, 3, H', W') as the model wants it, and the size without padding."""
+    """(H, W, C) in BGR to (1, C, H', W') as the model wants it, and the size without padding."""
     for step in notes['resize']:
         height, width = picture.shape[:2]
         if 'multiple' in step:
@@ -63,8 +91,9 @@ def prepare(picture, notes):
         else:
             width, height = step['scale']
         picture = cv2.resize(picture, (width, height), interpolation=cv2.INTER_LINEAR)
+        picture = picture[..., None] if picture.ndim == 2 else picture
     size = picture.shape[:2]
-    pixels = picture[..., ::-1] if notes['bgr_to_rgb'] else picture
+    pixels = picture[..., ::-1] if notes['bgr_to_rgb'] and picture.shape[2] == 3 else picture
     pixels = (pixels - np.array(notes['mean'], np.float32)) / np.array(notes['std'], np.float32)
     after = [(0, -n % notes['size_divisor']) for n in size]
     pixels = np.pad(pixels, (*after, (0, 0)), constant_values=notes['pad_val'])
@@ -107,12 +136,12 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     lines, skipped = [], []
     for path in track(paths, 'pictures'):
-        picture = cv2.imread(str(path))
+        picture = read(path, notes)
         if picture is None:
             skipped.append(f'image: wanted a picture, got {path}, which cannot be read')
             continue
         classes, tokens = predict(session, knob, picture, notes)
-        overlay = cv2.addWeighted(picture, 0.5, palette[classes][..., ::-1], 0.5, 0)
+        overlay = cv2.addWeighted(shown(picture), 0.5, palette[classes][..., ::-1], 0.5, 0)
         cv2.imwrite(str(args.out / f'{path.name}.png'), overlay)
         shares = np.bincount(classes.flatten(), minlength=len(notes['classes'])) / classes.size
         most = ', '.join(f'{notes["classes"][i]} {shares[i]:.0%}' for i in shares.argsort()[::-1][:3] if shares[i])

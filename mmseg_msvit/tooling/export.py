@@ -10,6 +10,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Dict, Tuple
 
+import onnx
 import torch
 from mmcv.transforms import LoadAnnotations, LoadImageFromFile, Resize
 from mmengine.config import Config
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..embedding import mean_weights
-from ..inspection import deciding_by, evaluating, find_msvit, record_tokens
+from ..inspection import deciding_by, evaluating, find_msvit, record_tokens, refuse_passes
 from ..labels import last_head
 from .command_line import InputError, first_line
 from .testset import FileReader
@@ -48,6 +49,7 @@ class Deployed(nn.Module):
         threshold, budget = (0.5, knob) if self.budget else (knob, None)
         with deciding_by(self.model, threshold, budget), record_tokens(self.model) as seen:
             logits = self.model.encode_decode(image, [dict(img_shape=image.shape[2:])])
+        refuse_passes(self.model, len(seen))
         ((tokens, _),) = seen
         return self._class_map(logits) if self.classes else logits, tokens.active_counts()
 
@@ -101,7 +103,9 @@ def export_onnx(model: nn.Module, budget: bool = False, classes: bool = False) -
     region = backbone.scales[-1]
     # Nothing here is 1 or a whole number of regions: what holds of this image holds of others.
     height, width = (n * region + backbone.patch_size // 2 for n in (2, 3))
-    example = torch.randn(2, backbone.in_channels, height, width), torch.tensor(20.0 if budget else 0.5)
+    mean = getattr(model.data_preprocessor, 'mean', None)
+    channels = backbone.in_channels if mean is None else mean.numel()
+    example = torch.randn(2, channels, height, width), torch.tensor(20.0 if budget else 0.5)
     some = torch.export.Dim.DYNAMIC
     try:
         with evaluating(deployed.model):
@@ -152,10 +156,11 @@ def _reason(error: BaseException) -> str:
 def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
     """What one needs beside the graph to run it on files, each value in JSON.
 
-    ``classes``, ``palette`` (RGB); ``mean``, ``std`` of pixels in 0-255, ``bgr_to_rgb``, whether they are for images in
-    RGB; ``size_divisor``, to whose multiple images are padded with ``pad_val`` after that; ``resize``, what the test
-    pipeline does before it; ``patch``, ``scales``, ``prefix_tokens`` (cls token and registers); ``threshold`` and
-    ``token_budget`` of the config; ``binary_threshold`` of a head with one logit for two classes; ``versions``.
+    ``classes``, ``palette`` (RGB); ``read``, how a file is read, ``resize``, what the test pipeline does then;
+    ``mean``, ``std`` of pixels as they are in the file, ``bgr_to_rgb``, whether they are for images in RGB;
+    ``size_divisor``, to whose multiple images are padded with ``pad_val`` after that; ``patch``, ``scales``,
+    ``prefix_tokens`` (cls token and registers); ``threshold`` and ``token_budget`` of the config; ``binary_threshold``
+    of a head with one logit for two classes; ``versions``.
 
     Raises:
         InputError: the config prepares images in a way that these do not tell.
@@ -163,7 +168,7 @@ def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
     backbone, reader, pixels = find_msvit(model), FileReader(config), model.data_preprocessor
     channels, given = backbone.in_channels, config.model.get('data_preprocessor') or {}
     normalised = hasattr(pixels, 'mean')
-    resize = []
+    resize, read = [], dict(color='color', backend='cv2')
     for step in (step for step in reader.transforms if not isinstance(step, LoadAnnotations)):
         by_cv2 = getattr(step, 'imdecode_backend', getattr(step, 'backend', 'cv2')) == 'cv2'
         bilinear = getattr(step, 'interpolation', None) in (None, 'bilinear')
@@ -171,8 +176,13 @@ def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
             resize.append(dict(scale=step.scale, keep_ratio=step.keep_ratio))
         elif isinstance(step, ResizeToMultiple) and bilinear:
             resize.append(dict(multiple=step.size_divisor))
-        elif isinstance(step, LoadImageFromFile) and by_cv2 and step.color_type == 'color':
-            pass  # what run_onnx.py does
+        elif type(step) is LoadImageFromFile and step.color_type in ('color', 'grayscale', 'unchanged'):
+            if step.imdecode_backend not in ('cv2', 'tifffile'):
+                raise InputError(
+                    "CONFIG: wanted a LoadImageFromFile with imdecode_backend 'cv2' or 'tifffile', got "
+                    f'{step.imdecode_backend!r}'
+                )
+            read = dict(color=step.color_type, backend=step.imdecode_backend)
         elif not isinstance(step, PackSegInputs):
             raise InputError(
                 'CONFIG: wanted a test pipeline of LoadImageFromFile, Resize to a scale and ResizeToMultiple, by cv2 '
@@ -196,6 +206,7 @@ def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
         size_divisor=(pixels.test_cfg or {}).get('size_divisor') or 1,
         pad_val=pixels.pad_val,
         resize=resize,
+        read=read,
         patch=backbone.patch_size,
         scales=backbone.scales,
         prefix_tokens=backbone.select.prefix,
@@ -207,7 +218,9 @@ def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
     return {name: json.dumps(value) for name, value in found.items()}
 
 
-def save_onnx(program: torch.onnx.ONNXProgram, path: Path, notes: Dict[str, str], int8: bool = False) -> None:
+def save_onnx(
+    program: torch.onnx.ONNXProgram, path: Path, notes: Dict[str, str], int8: bool = False, fp16: bool = False
+) -> None:
     """Writes a graph with its :func:`metadata` into a file, and beside it weights of more than 2 GB.
 
     Args:
@@ -216,11 +229,15 @@ def save_onnx(program: torch.onnx.ONNXProgram, path: Path, notes: Dict[str, str]
         notes: the metadata.
         int8: whether linear layers of the backbone's blocks get weights in int8, and activations as they come. All
             else, the gate above all, stays in float32, and so the decision is the same.
+        fp16: whether blocks, neck and heads are in float16, but for softmax and norms; all else stays, likewise.
 
     Raises:
         InputError: there is no such layer.
     """
     program.model.metadata_props.update(notes)
+    if fp16:
+        _save_half(program, path)
+        return
     if not int8:
         program.save(path)
         return
@@ -241,6 +258,29 @@ def save_onnx(program: torch.onnx.ONNXProgram, path: Path, notes: Dict[str, str]
             per_channel=True,
             reduce_range=True,  # else sums overflow, unnoticed, on processors before VNNI
         )
+
+
+def _save_half(program: torch.onnx.ONNXProgram, path: Path) -> None:
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+    whole = [node.name for node in program.model.graph if not _may_be_half(node)]
+    with tempfile.TemporaryDirectory() as folder:
+        program.save(Path(folder) / 'float32.onnx')
+        model = onnx.load(Path(folder) / 'float32.onnx')
+    half = convert_float_to_float16(
+        model,
+        keep_io_types=True,
+        op_block_list=[*DEFAULT_OP_BLOCK_LIST, 'Softmax', 'LayerNormalization'],
+        node_block_list=whole,
+    )
+    onnx.save(half, path)
+
+
+def _may_be_half(node) -> bool:
+    """Whether a node of the graph is of a block, the neck or a head, and not of what decides."""
+    scopes = json.loads(node.metadata_props.get('pkg.torch.onnx.name_scopes', '[]').replace("'", '"'))
+    parts = ('model.backbone.layers.', 'model.neck', 'model.decode_head')
+    return any(scope.startswith(parts) for scope in scopes) and 'model.backbone.select' not in scopes
 
 
 def _is_of_block(node) -> bool:

@@ -54,10 +54,10 @@ def dense_backbone(model: nn.Module, path: str) -> nn.Module:
     backbone = model.backbone
     kind = type(backbone).__name__
     if kind not in STANDS_IN:
-        wrapped = ". A plain ViT in a wrapper can be written as an MSViT with gate=dict(type='FixedGate'): see docs/recipes.md"
-        raise InputError(
-            f'CONFIG: wanted a backbone of type {", ".join(STANDS_IN)}, got {kind} in {path}{merge_first(model) or wrapped}'
+        advice = merge_first(model) or (
+            ". A plain ViT in a wrapper can be written as an MSViT with gate=dict(type='FixedGate'): docs/recipes.md"
         )
+        raise InputError(f'CONFIG: wanted a backbone of type {", ".join(STANDS_IN)}, got {kind} in {path}{advice}')
     if isinstance(backbone, MixedScale):
         gate = backbone.gate
         if not isinstance(gate, FixedGate) or gate.coarse:

@@ -313,7 +313,7 @@ def list_images(path: Path) -> List[Path]:
 
 
 def pair_truth(images: List[Path], truth: Optional[Path]) -> List[Optional[Path]]:
-    """The file with each image's class ids: ``truth`` itself, or that of the image's name in that folder, a PNG or TIFF.
+    """The file with each image's class ids: ``truth`` itself, or the PNG or TIFF of the image's name in that folder.
 
     Raises:
         InputError: one is not there, or one file is given for several images.
