@@ -227,6 +227,10 @@ class TokenMapHook(Hook):
         with torch.random.fork_rng([device] if device.type == 'cuda' else []):
             for i in self.indices:
                 data = dataset[i % len(dataset)]
-                truth = classes.read_sample(data['data_samples'])
-                figure = draw_image(model, data, classes.palette, truth)
+                try:
+                    truth = classes.read_sample(data['data_samples'])
+                    figure = draw_image(model, data, classes.palette, truth)
+                except (ValueError, FloatingPointError) as error:
+                    file = data['data_samples'].get('img_path', f'image {i}')
+                    raise type(error)(f'TokenMapHook cannot draw {file}: {error}') from error
                 runner.visualizer.add_image(f'tokens_{i}', figure, step)

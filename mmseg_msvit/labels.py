@@ -22,6 +22,12 @@ def last_head(decode_head: Any) -> Any:
     return decode_head[-1] if isinstance(decode_head, (list, tuple, nn.ModuleList)) else decode_head
 
 
+def count_answers(decode_head: Any) -> int:
+    """Class ids that mmseg answers with, of a head or its config: one class, or two by one logit, are 0 and 1."""
+    head = last_head(decode_head)
+    return max(2, (head.get if isinstance(head, dict) else partial(getattr, head))('num_classes', 0))
+
+
 def check_heads(model: nn.Module) -> None:
     """Refuses a segmentor of mmseg's whose class map is not the one that its config says.
 
@@ -67,8 +73,7 @@ class Classes(NamedTuple):
         head = last_head(decode_head)
         of_head = head.get if isinstance(head, dict) else partial(getattr, head)
         names = [str(name) for name in metainfo.get('classes') or ()]
-        # A head of one class, or of two by one logit, answers 0 or 1.
-        names += [str(i) for i in range(len(names), max(2, of_head('num_classes', 0)))]
+        names += [str(i) for i in range(len(names), count_answers(head))]
         palette = [[int(value) for value in colour] for colour in metainfo.get('palette') or ()][: len(names)]
         colours = np.random.RandomState(42).randint(0, 255, (len(names), 3)).tolist()  # as BaseSegDataset makes them
         untrained = of_head('ignore_index', IGNORE_INDEX)

@@ -29,12 +29,12 @@ class TakesWeights:
         alone would go on with a random one, or is not finite.
         """
         before_load_state_dict(self, TakesWeights._adapt_loaded)
-        self._built_with = frozenset(self.state_dict())
+        self._built_with = frozenset(self.layers.state_dict())
 
     @property
     def has_replaced_layers(self) -> bool:
-        """Whether somebody has put layers of other names into it, as LoRA does."""
-        return not self._built_with <= self.state_dict().keys()
+        """Whether somebody has put others in the place of its blocks' layers, as LoRA does."""
+        return not self._built_with <= self.layers.state_dict().keys()
 
     def to_own_names(self, tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
         """A ViT's tensors by the names that they have in mmseg's ViT, to the same by this backbone's names."""

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from conftest import check_features, random, tiny_segmentor
 from mmseg.registry import MODELS
 from safetensors.torch import load_file
+from timm.models._manipulate import adapt_input_conv
 from timm.models.eva import checkpoint_filter_fn as read_dinov3
 from timm.models.vision_transformer import checkpoint_filter_fn as read_dinov2
 
+from mmseg_msvit import load_backbone
 from mmseg_msvit.checkpoint import fit
 from mmseg_msvit.resampling import resample_patch
 
@@ -280,6 +282,8 @@ def dinov2_weights(**options):
     (dict(final_norm=False), V2, 'ln1.weight is missing', 'final_norm=False'),
     (dict(patch_size=16, scales=(16, 32)), dict(V2, img_size=(64, 64)), r'\(32, 3, 16, 16\), wanted \(32, 3, 14, 14\)',
      'patch_size, or resample_patch=True in init_cfg'),
+    (dict(), dict(V2, in_channels=4), r'\(32, 3, 14, 14\), wanted \(32, 4, 14, 14\)',
+     r'in_channels, or repeat_channels=True in init_cfg \(for another patch_size resample_patch=True\)'),
     (dict(rope='dinov3'), V2, 'pos_embed is missing', "rope='dinov3' or .*"),
     (dict(), dict(V2, rope='dinov3'), 'pos_embed finds no place', 'rope=None or .*'),
 ])  # fmt: skip
@@ -310,6 +314,33 @@ def test_a_patch_embedding_of_another_size_is_resampled_if_asked(old, new, tmp_p
     torch.testing.assert_close(model.patch_embed.projection.weight.double(), weight, rtol=1e-5, atol=1e-6)
     wanted = F.conv2d(patches, source.patch_embed.projection.weight.double())
     torch.testing.assert_close(F.conv2d(large, weight), wanted)
+
+
+@pytest.mark.parametrize('channels', [1, 2, 4, 12])
+def test_a_patch_embedding_for_other_channels_is_timms_if_asked(channels, tmp_path):
+    weights = dinov2_weights()
+    torch.save(weights, tmp_path / 'vit.pth')
+    init = dict(type='Pretrained', checkpoint=str(tmp_path / 'vit.pth'))
+    with pytest.raises(ValueError, match='repeat_channels=True in init_cfg'):
+        msvit(**V2, in_channels=channels, init_cfg=init).init_weights()
+    model = msvit(**V2, in_channels=channels, init_cfg=dict(init, repeat_channels=True))
+    model.init_weights()
+    three = msvit(**V2, init_cfg=init)
+    three.init_weights()
+    wanted = adapt_input_conv(channels, three.patch_embed.projection.weight.detach())
+    torch.testing.assert_close(model.patch_embed.projection.weight.detach(), wanted)
+    loaded = load_backbone(weights, in_channels=channels, num_heads=2)
+    torch.testing.assert_close(loaded.patch_embed.projection.weight.detach(), wanted)
+    if channels == 1:  # a grey image has the tokens that it has as a coloured one
+        grey = torch.randn(1, 1, 56, 56)
+        torch.testing.assert_close(
+            model.eval().patch_embed.projection(grey), three.eval().patch_embed.projection(grey.expand(-1, 3, -1, -1))
+        )
+
+
+def test_a_patch_embedding_of_any_size_is_loaded_if_it_is_given():
+    backbone = load_backbone(dinov2_weights(), patch_size=16, num_heads=2)
+    assert backbone.scales == (16, 32) and backbone(torch.randn(1, 3, 64, 80))[-1].shape[2:] == (4, 5)
 
 
 def test_a_patch_embedding_that_shrinks_is_the_nearest_one():

@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import pickle
+import warnings
 
 import pytest
 import scipy.stats
@@ -12,12 +13,15 @@ import torch.nn.functional as F
 from conftest import build_msvit, hooked, sample, spread, tiny_segmentor
 from mmengine.config import Config
 from mmengine.model import ExponentialMovingAverage, StochasticWeightAverage, revert_sync_batchnorm
+from mmengine.structures import PixelData
 from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmseg_msvit.doubt import class_shares, doubt_scale, doubt_target, region_doubt
 from mmseg_msvit.gate_losses import batch_shaping_loss, beta_cdf, normal_cdf, relaxed_bernoulli_cdf
-from mmseg_msvit.purity import region_purity
+from mmseg_msvit.purity import ALIKE, PurityLoss, region_purity
 from mmseg_msvit.selection import Decision
 
 
@@ -67,6 +71,10 @@ def test_beta_cdf_is_scipys(a, b):
     )
     density = torch.from_numpy(scipy.stats.beta.pdf(x.detach(), a, b)).clamp(1e-3, 100)
     torch.testing.assert_close(x.grad, density, rtol=1e-8, atol=1e-10)
+    single = torch.linspace(0.001, 0.999, 501)
+    wanted = torch.from_numpy(scipy.stats.beta.cdf(single.double(), a, b)).float()
+    # Where the prior is narrow, float32 does not tell values apart as finely.
+    torch.testing.assert_close(beta_cdf(single, a, b), wanted, rtol=0, atol=1e-6 + 1e-9 * max(a, b))
     ends = torch.tensor([0.0, 1.0], requires_grad=True)
     out = beta_cdf(ends, a, b)
     out.sum().backward()
@@ -564,3 +572,63 @@ def test_ranks_of_unequal_shapes():
             assert value == pytest.approx(out.item(), abs=1e-6)
             torch.testing.assert_close(got, grad)
     assert results[0]['TokenBudgetLoss', 'grid'][0] == results[1]['TokenBudgetLoss', 'grid'][0]
+
+
+class NoFloat64(TorchDispatchMode):
+    """An accelerator of a kind that has no float64, such as Apple's."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else [out]:
+            assert not isinstance(value, torch.Tensor) or value.dtype != torch.float64, func
+        return out
+
+
+def test_no_step_of_any_loss_wants_float64():
+    losses = [
+        dict(type=name)
+        for name in ('GeneralizedBatchShapingLoss', 'BatchShapingLoss', 'TokenBudgetLoss', 'PurityLoss', 'DoubtLoss')
+    ]
+    for gate in ('MLPGate', 'ContextGate', 'GlanceGate'):
+        config = tiny_segmentor(gate=dict(type=gate), gate_loss=losses, train_tokens='all')
+        model = hooked(MODELS.build(config).train())
+        samples = [sample(torch.randint(0, 4, (64, 64))) for _ in range(2)]
+        with NoFloat64():
+            loss, _ = model.parse_losses(model(torch.randn(2, 3, 64, 64), samples, mode='loss'))
+            loss.backward()
+            with torch.no_grad():
+                model.eval()(torch.randn(1, 3, 64, 64), mode='tensor')
+    with pytest.raises(AssertionError), NoFloat64():
+        torch.ones(1).double()
+
+
+def labels_of(*ids):
+    return [sample(torch.tensor(ids)[torch.randint(0, len(ids), (64, 64))]) for _ in range(2)]
+
+
+def test_purity_warns_of_labels_of_which_it_can_teach_nothing():
+    def train(loss, samples, steps):
+        for _ in range(steps):
+            loss(torch.zeros(2, 2, 2), samples)
+
+    loss = PurityLoss(grid=(2, 2))
+    with pytest.warns(UserWarning, match='coarse everywhere: every labelled pixel is of class 0, .* 255 is no class'):
+        train(loss, labels_of(0, 255), ALIKE)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        train(loss, labels_of(0, 255), 2 * ALIKE)  # said once
+        fresh = PurityLoss(grid=(2, 2))
+        train(fresh, labels_of(3), ALIKE - 1)
+        train(fresh, labels_of(4), ALIKE)  # crops of one class each, and there are two
+        train(PurityLoss(grid=(2, 2)), labels_of(0, 1, 255), 2 * ALIKE)
+    loss.begin()
+    with pytest.warns(UserWarning, match='no pixel has a label'):
+        train(loss, labels_of(255), ALIKE)
+
+
+def test_purity_refuses_labels_that_are_colours():
+    model = hooked(MODELS.build(tiny_segmentor(gate_loss=dict(type='PurityLoss'))).train())
+    colours = SegDataSample(gt_sem_seg=PixelData(data=torch.zeros(64, 64, 3, dtype=torch.long)))
+    decision = Decision([torch.zeros(1, 2, 2)], [torch.zeros(1, 2, 2, dtype=torch.bool)])
+    with pytest.raises(ValueError, match=r'PurityLoss .* got \(64, 64, 3\), which looks like colours'):
+        model.backbone.gate_losses[0].of_step(decision, None, [colours], torch.zeros(1, 3, 64, 64))

@@ -6,9 +6,11 @@ import pytest
 import torch
 from conftest import SMALL, hooked, sample, tiny_segmentor
 from mmengine.config import ConfigDict
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmseg.registry import HOOKS, METRICS, MODELS
 
-from mmseg_msvit.inspection import evaluating, record_tokens
+from mmseg_msvit import MSViT
+from mmseg_msvit.inspection import evaluating, find_msvit, record_tokens
 from mmseg_msvit.mixed_scale import MixedScale
 
 
@@ -186,8 +188,103 @@ def test_each_layer_is_called():
 
 
 def test_wants_one_msvit():
-    with pytest.raises(ValueError, match='the model must have one MSViT backbone, got 0'):
+    with pytest.raises(ValueError, match='the model must have an MSViT backbone, got none'):
         hooked(torch.nn.Linear(1, 1))
+
+
+class Distiller(torch.nn.Module):
+    """A step of a student that also asks a teacher."""
+
+    def __init__(self, student, teacher):
+        super().__init__()
+        self.student, self.teacher = student, teacher
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        with torch.no_grad():
+            self.teacher(inputs, data_samples, mode='tensor')
+        return self.student(inputs, data_samples, mode=mode)
+
+
+def test_of_two_msvits_the_one_whose_gate_learns_is_meant():
+    inputs, samples = batch()
+    model = Distiller(segmentor(), segmentor(gate=dict(type='FixedGate'))).train()
+    assert find_msvit(model) is model.student.backbone
+    assert 'gate.loss_purity' in hooked(model)(inputs, samples, mode='loss')
+    model.student.teacher = model.teacher  # a segmentor with its teacher in it
+    model.student.backbone.gate.requires_grad_(False)
+    assert find_msvit(model.student) is model.student.backbone
+
+    both = Distiller(segmentor(), segmentor()).train()
+    message = r"got \['student.backbone', 'teacher.backbone'\]: name the one .* backbone='student.backbone'\)"
+    with pytest.raises(ValueError, match=message):
+        hooked(both)
+    hook = HOOKS.build(dict(type='GateLossHook', backbone='student.backbone'))
+    hook.before_train(SimpleNamespace(model=both, iter=0))
+    assert 'gate.loss_purity' in both(inputs, samples, mode='loss')
+    with pytest.raises(ValueError, match=r"wanted the name of an MSViT .* got 'student'"):
+        HOOKS.build(dict(type='GateLossHook', backbone='student')).before_train(SimpleNamespace(model=both, iter=0))
+
+
+class Freezing(MSViT):
+    """Freezes itself when it is set to training mode, as mmseg's own backbones with frozen_stages do."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.requires_grad_(False)
+        return self
+
+
+def optimizer_of(parameters, **options):
+    return SimpleNamespace(param_groups=[dict(params=list(parameters), lr=0.1, **options)])
+
+
+def test_a_gate_that_was_frozen_unawares_stops_the_training_at_its_start():
+    model = segmentor().train()
+    model.backbone.requires_grad_(False)
+    with pytest.raises(ValueError, match='a MLPGate that learns, .* requires a gradient: .* set frozen=True'):
+        hooked(model)
+    model.backbone.gate.requires_grad_(True)  # as the message says
+    hooked(model)
+    told = segmentor(gate=dict(type='MLPGate', frozen=True)).train()
+    told.backbone.requires_grad_(False)
+    hooked(told)
+    hooked(segmentor(frozen_exclude=[]).train())
+
+    later = segmentor()
+    later.backbone.__class__ = Freezing
+    hook, runner = HOOKS.build(dict(type='GateLossHook')), SimpleNamespace(model=later, iter=0)
+    hook.before_train(runner)
+    later.train()
+    with pytest.raises(ValueError, match='a MLPGate that learns'):
+        hook.before_train_iter(runner, 0)
+
+
+def test_a_gate_that_no_optimizer_moves_stops_the_training_at_its_start():
+    model = segmentor().train()
+
+    def begin(wrapper):
+        hook = HOOKS.build(dict(type='GateLossHook'))
+        hook.before_train(SimpleNamespace(model=model, iter=0, optim_wrapper=wrapper))
+
+    for wrapper in (optimizer_of(model.decode_head.parameters()), optimizer_of(model.parameters(), initial_lr=0)):
+        with pytest.raises(ValueError, match='no group of the optimizer that has a learning rate has a parameter'):
+            begin(wrapper)
+    begin(optimizer_of(model.parameters(), initial_lr=0.1))
+    begin(optimizer_of([torch.nn.Parameter(torch.ones(1))]))  # of a wrapper's own: nothing can be told
+    parts = model.decode_head.parameters(), model.backbone.gate.parameters()
+    begin(OptimWrapperDict(**{f'part{i}': OptimWrapper(torch.optim.SGD(p, 0.1)) for i, p in enumerate(parts)}))
+
+
+def test_without_the_hook_a_gate_that_was_frozen_unawares_is_warned_of():
+    inputs, samples = batch()
+    model = segmentor().train()
+    model.backbone.requires_grad_(False)
+    with pytest.warns(UserWarning, match='the MLPGate is trained with, .* set frozen=True'):
+        model(inputs, samples, mode='loss')
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='.*is trained with')
+        for gate in (dict(type='MLPGate', frozen=True), dict(type='VarianceGate')):
+            segmentor(gate=gate).train()(inputs, samples, mode='loss')
 
 
 def test_evaluating_a_model_leaves_it_as_it_was_and_chance_to_itself():

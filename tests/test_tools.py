@@ -186,7 +186,7 @@ def test_show_tokens_keeps_namesakes_apart_and_goes_on_after_a_corrupt_image(toy
 
 @pytest.mark.parametrize('reduce_zero_label', [False, True])
 def test_truth_is_read_as_the_test_set_reads_it(config, tmp_path, reduce_zero_label):
-    ids = np.array([[0, 1, 2], [7, 255, 0]], np.uint8)
+    ids = np.array([[0, 1, 2], [6, 255, 0]], np.uint8)
     picture = Image.fromarray(ids, mode='P')
     picture.putpalette([value for i in range(256) for value in (i, 255 - i, 30)])
     picture.save(tmp_path / 'truth.png')
@@ -195,7 +195,7 @@ def test_truth_is_read_as_the_test_set_reads_it(config, tmp_path, reduce_zero_la
     config.test_dataloader.dataset = dict(type='ConcatDataset', datasets=[config.test_dataloader.dataset])
     reader = FileReader(config)
     data, labels = reader.read(tmp_path / 'image.jpg', tmp_path / 'truth.png')
-    wanted = [[255, 0, 1], [6, 255, 255]] if reduce_zero_label else ids.tolist()
+    wanted = [[255, 0, 1], [5, 255, 255]] if reduce_zero_label else ids.tolist()
     assert labels.tolist() == wanted and data['inputs'].shape == (3, 2, 3)
     assert reader.palette[0] == [120, 170, 230]
 
@@ -241,10 +241,14 @@ def test_truth_goes_through_the_whole_pipeline(config, scenes):
 
 def test_truth_that_does_not_fit_is_named(config, scenes, tmp_path):
     reader, image = FileReader(config), scenes / 'images/val/0000.png'
-    with pytest.raises(InputError, match=r'truth: wanted class ids \(H, W\), got .*0000.png of shape \(96, 96, 3\)'):
+    with pytest.raises(
+        InputError, match=r'truth: .*0000.png of .*: labels: wanted class ids \(H, W\), got \(96, 96, 3\)'
+    ):
         reader.read(image, image)
     cv2.imwrite(str(tmp_path / 'small.png'), np.zeros((48, 96), np.uint8))
-    with pytest.raises(InputError, match=r'of the size of .*0000.png, \(96, 96\), got .*small.png of \(48, 96\)'):
+    with pytest.raises(
+        InputError, match=r'truth: .*small.png of .*0000.png: .* of the size of the image, \(96, 96\), got \(48, 96\)'
+    ):
         reader.read(image, tmp_path / 'small.png')
     (tmp_path / 'broken.png').write_bytes(b'no picture')
     with pytest.raises(InputError, match='truth: wanted class ids, got .*broken.png, which cannot be read'):
@@ -304,7 +308,7 @@ def test_a_test_set_without_files_or_truth_is_named(toy, tool):
     config.test_dataloader.dataset.pipeline = [dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]
     config.dump(toy[0])
     end = tool('analyze_gate.py', *toy)
-    assert end == 'test set: wanted truth for each image, got a pipeline that loads none'
+    assert end.endswith('val/0000.png: test set: wanted truth for each image, got a pipeline that loads none')
     config.test_dataloader.dataset.data_root = 'no/such/folder'
     config.dump(toy[0])
     end = tool('get_flops.py', *toy)

@@ -20,10 +20,11 @@ from mmengine.dataset import pseudo_collate
 from mmengine.logging import MMLogger
 from rich.progress import track
 
+from mmseg_msvit.inspection import check_one_pass
 from mmseg_msvit.tooling.baselines import dense_forward
-from mmseg_msvit.tooling.command_line import InputError, one_line_errors, positive, print_table
+from mmseg_msvit.tooling.command_line import InputError, about, one_line_errors, positive, print_table
 from mmseg_msvit.tooling.dense_pass import evenly
-from mmseg_msvit.tooling.testset import iou_metric, load_config, load_model, load_testset
+from mmseg_msvit.tooling.testset import image_path, iou_metric, load_config, load_model, load_testset
 from mmseg_msvit.tooling.timing import paired_ratios, timed
 
 
@@ -78,24 +79,27 @@ def main() -> None:
     metrics = {name: iou_metric(config, dataset) for name in functions}
     chosen = evenly(range(len(dataset)), args.limit or len(dataset))
     for turn, i in enumerate(track([chosen[0], *chosen], 'images')):  # the first once more, to warm up
-        data, truth = pseudo_collate([dataset[i]]), None
-        for name, function in functions.items():
-            spent = []
+        with about(image_path(dataset, i)):
+            if not turn:
+                check_one_pass(model, dataset[i])
+            data, truth = pseudo_collate([dataset[i]]), None
+            for name, function in functions.items():
+                spent = []
 
-            def encode_decode(inputs, metas, function=function, spent=spent):
-                second, logits = timed(function, inputs, inputs.device)
-                spent.append(second)
-                return logits
+                def encode_decode(inputs, metas, function=function, spent=spent):
+                    second, logits = timed(function, inputs, inputs.device)
+                    spent.append(second)
+                    return logits
 
-            model.encode_decode = encode_decode
-            with torch.no_grad():
-                (sample,) = model.test_step(deepcopy(data))
-            classes = sample.pred_sem_seg.data
-            truth = classes if truth is None else truth
-            if turn:
-                agreement[name].append((classes == truth).float().mean().item())
-                seconds[name].append(sum(spent))
-                metrics[name].process(data, [sample.to_dict()])
+                model.encode_decode = encode_decode
+                with torch.no_grad():
+                    (sample,) = model.test_step(deepcopy(data))
+                classes = sample.pred_sem_seg.data
+                truth = classes if truth is None else truth
+                if turn:
+                    agreement[name].append((classes == truth).float().mean().item())
+                    seconds[name].append(sum(spent))
+                    metrics[name].process(data, [sample.to_dict()])
 
     rows = []
     for name, metric in metrics.items():

@@ -140,6 +140,9 @@ def main():
         if picture is None:
             skipped.append(f'image: wanted a picture, got {path}, which cannot be read')
             continue
+        if picture.shape[2] != len(notes['mean']) or not np.isfinite(picture).all():
+            skipped.append(f'image: wanted {len(notes["mean"])} bands of finite numbers, got others in {path}')
+            continue
         classes, tokens = predict(session, knob, picture, notes)
         overlay = cv2.addWeighted(shown(picture), 0.5, palette[classes][..., ::-1], 0.5, 0)
         cv2.imwrite(str(args.out / f'{path.name}.png'), overlay)

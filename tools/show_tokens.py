@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 from rich.progress import track
 
-from mmseg_msvit.tooling.command_line import DEVICE, InputError, one_line_errors
+from mmseg_msvit.tooling.command_line import DEVICE, InputError, about, one_line_errors
 from mmseg_msvit.tooling.testset import FileReader, list_images, load_config, load_model, pair_truth, picture_names
 from mmseg_msvit.visualization import draw_image
 
@@ -41,11 +41,13 @@ def main() -> None:
     skipped = []
     for path, truth, picture in track(list(zip(images, truths, pictures)), 'pictures'):
         try:
-            data, labels = reader.read(path, truth)
+            with about(path):
+                data, labels = reader.read(path, truth)
+                drawn = draw_image(model, data, reader.palette, labels)
         except InputError as error:
             skipped.append(str(error))
             continue
-        cv2.imwrite(str(picture), draw_image(model, data, reader.palette, labels)[..., ::-1])
+        cv2.imwrite(str(picture), drawn[..., ::-1])
     print(f'{len(images) - len(skipped)} pictures in {args.out}')
     if skipped:
         raise InputError('\n'.join(skipped))

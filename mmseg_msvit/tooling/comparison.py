@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..flops import add_up, pass_costs
 from ..inspection import record_tokens
-from ..labels import IGNORE_INDEX
+from ..labels import IGNORE_INDEX, count_answers
 from .command_line import about
 from .dense_pass import Example, evenly
 
@@ -54,7 +54,8 @@ def compare(model: nn.Module, examples: List[Example]) -> List[dict]:
         dense model in percent of the pixels, and ``miou`` where each image has labels, else None.
     """
     chosen = evenly(examples, CHECKED)
-    classes, right, costs, areas = model.num_classes, [], [], {'dense': [], 'converted': []}
+    right, costs, areas = [], [], {'dense': [], 'converted': []}
+    classes = count_answers(model.decode_head)
     for example, prediction, cost in predict(model, chosen, 'converted'):
         costs.append(cost)
         right.append((prediction == example.prediction).float().mean().item())

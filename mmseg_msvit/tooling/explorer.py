@@ -15,7 +15,7 @@ from ..flops import HeadMacs, pass_costs
 from ..inspection import as_dense, deciding_by, find_msvit, look
 from ..tokens import region_grid
 from ..visualization import picture_of, sample_pictures
-from .command_line import InputError
+from .command_line import InputError, about
 from .testset import FileReader
 from .timing import timed
 
@@ -81,7 +81,7 @@ class Explorer:
             data['img_shape'] = data['ori_shape'] = data['img'].shape[:2]
             pixels, shown = picture_of(torch.from_numpy(np.atleast_3d(data['img'])).permute(2, 0, 1))
             data, _ = self.reader.prepare(data)
-        with as_dense(self.model):
+        with about('image'), as_dense(self.model):
             self._timed(data)
             milliseconds, (sample, _, _) = self._timed(data)
         return Opened(pixels, shown, data, sample.pred_sem_seg.data[0].long().cpu().numpy(), milliseconds)
