@@ -1,6 +1,7 @@
 """Segmentors as ONNX files: what runs them, ONNX Runtime or OpenVINO, against torch."""
 
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -91,9 +92,9 @@ def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp('onnx')
 
     @cache
-    def make(name, int8=False, **options):
-        path = folder / f'{name}-{int8}-{options}.onnx'
-        save_onnx(program(name, **options), path, dict(made='"by a test"'), int8)
+    def make(name, int8=False, fp16=False, **options):
+        path = folder / f'{name}-{int8}-{fp16}-{options}.onnx'
+        save_onnx(program(name, **options), path, dict(made='"by a test"'), int8, fp16)
         return path
 
     @cache
@@ -201,6 +202,25 @@ def test_onnx_runtime_says_what_is_wrong_with_an_image(exported):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('name', ['fcn', 'mask on tokens, three scales', 'mask, glance', 'beit'])
+def test_fp16_decides_in_float32_and_answers_as_torch(name, exported):
+    whole, half = exported(name), exported(name, fp16=True)
+    weights = {value.name: value.data_type for value in onnx.load(half).graph.initializer}
+    assert {weights[n] for n in weights if '.gate' in n} == {onnx.TensorProto.FLOAT}
+    in_blocks = [weights[n] for n in weights if re.search(r'backbone\.layers\.\d+\.(attn|ffn)\..*weight', n)]
+    assert in_blocks.count(onnx.TensorProto.FLOAT16) == len(in_blocks) or 'glance' in name
+    assert session(half).get_modelmeta().custom_metadata_map['made'] == '"by a test"'
+    assert {value.type for value in session(half).get_inputs()} == {'tensor(float)'}
+    for shape in IMAGES:
+        inputs = dict(image=np.random.default_rng(0).standard_normal((shape[0], 3, *shape[1:]), np.float32))
+        for threshold in (0, 0.5, 1):
+            inputs['threshold'] = np.array(threshold, np.float32)
+            (wanted, counts), (logits, used) = (session(file).run(None, inputs) for file in (whole, half))
+            assert used.tolist() == counts.tolist()
+            assert (wanted.argmax(1) == logits.argmax(1)).mean() > 0.99
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['MSViT', 'MSBEiT'])
 def test_backbone_under_torch_export(kind):
     options = {k: v for k, v in {**VIT, 'MSBEiT': BEIT}.get(kind, VIT).items() if k != 'type'}
@@ -264,6 +284,7 @@ def test_a_head_that_cannot_be_exported_is_named():
 
 
 NO_TORCH = """
+import re
 import runpy, sys
 sys.modules['torch'] = None  # to import it is an error
 del sys.argv[0]

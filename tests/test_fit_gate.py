@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -17,7 +18,8 @@ from mmseg.registry import MODELS
 
 from mmseg_msvit.doubt import class_shares, region_doubt
 from mmseg_msvit.inspection import record_tokens
-from mmseg_msvit.tooling.gate_fitting import convert, shared_size
+from mmseg_msvit.tooling.dense_pass import Window
+from mmseg_msvit.tooling.gate_fitting import between, convert, find_threshold, shared_size
 from mmseg_msvit.tooling.testset import FileReader, load_config
 from mmseg_msvit.tooling.toy_scenes import scene
 
@@ -327,3 +329,24 @@ def test_an_unfinished_checkpoint_does_not_replace_one(fit, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         fit('--out', tmp_path, '--steps', 2, '--limit', 2)
     assert all(Path(tmp_path / name).read_text() == before for name in ('checkpoint.pth', 'config.py'))
+
+
+@pytest.mark.parametrize('steps', [1, 2, 10, 19])
+def test_any_number_of_steps_will_do(steps, fit, tmp_path):
+    assert fit('--out', tmp_path, '--steps', steps, '--limit', 2) is None
+
+
+def test_no_region_stands_at_the_threshold():
+    """Else a rounding in another runtime turns it over."""
+    probabilities = [0.1, 0.2, 0.4, 0.4, 0.7, 0.9]
+    logits = torch.tensor(probabilities).logit().view(1, 2, 3)
+    windows = [Window(0, (0, 0, 64, 96), torch.zeros(1, 4, 6))]
+    backbone = SimpleNamespace(sides=(1, 2), input_scale=1.0, select=SimpleNamespace(prefix=0))
+    for fine in range(7):
+        budget = (6 + 3 * fine + 0.1) / 24
+        threshold, share = find_threshold(backbone, windows, [[logits]], budget)
+        wanted = fine if fine != 3 else 2  # two regions are equal
+        assert round(24 * share) == 6 + 3 * wanted
+        assert (logits.sigmoid() - threshold).abs().min() > 0.04 or threshold in (0, 1)
+    assert between(0.25, np.nextafter(np.float32(0.25), np.float32(1))) == 0.25  # there is no number between
+    assert between(1.0, 1.0) == 1.0 and between(0.5, 1.0) == 0.75

@@ -109,6 +109,7 @@ def export_onnx(model: nn.Module, budget: bool = False, classes: bool = False) -
     some = torch.export.Dim.DYNAMIC
     try:
         with evaluating(deployed.model):
+            deployed(*example)  # what fails without a graph, too, fails in a moment
             program = torch.export.export(
                 deployed,
                 example,

@@ -18,7 +18,7 @@ from ..flops import PLAIN_VITS, HeadMacs, add_up, inference_cost, pass_costs
 from ..inspection import check_one_pass, deciding_by, record_tokens
 from ..mixed_scale import MixedScale
 from .command_line import InputError, about
-from .testset import image_path, iou_metric, load_config, load_model, load_testset
+from .testset import finite, image_path, iou_metric, load_config, load_model, load_testset
 from .timing import timed
 
 
@@ -117,7 +117,7 @@ def measure(runs: Sequence[Run], thresholds: Sequence[float], device: str) -> Tu
     MMLogger.get_instance('sweep', log_level='WARNING')  # else IoUMetric prints a table for each variant
     for i in track(range(-1, len(images)), 'images'):
         with about(image_path(next(iter(datasets.values())), max(i, 0))):
-            data = {config: dataset[max(i, 0)] for config, dataset in datasets.items()}
+            data = {config: finite(dataset[max(i, 0)]) for config, dataset in datasets.items()}
             for variant in variants:
                 variant.test(data[variant.run.config], counts=i >= 0)  # the first image once more, to warm up
     reference = next((v for v in variants if v.threshold is None), variants[0])

@@ -175,7 +175,20 @@ def over_images(dataset: BaseDataset, function: Callable[[dict], Any]) -> list:
 
 def _of_image(dataset: BaseDataset, i: int, function: Callable[[dict], Any]) -> Any:
     with about(image_path(dataset, i)):
-        return function(dataset[i])
+        return function(finite(dataset[i]))
+
+
+def finite(data: dict) -> dict:
+    """What a test pipeline made of an image, whose pixels are all numbers; a dense ViT takes others without a word.
+
+    Raises:
+        ValueError: there are others.
+    """
+    inputs = data['inputs']
+    if inputs.is_floating_point() and not inputs.isfinite().all():
+        wrong = int((~inputs.isfinite()).sum())
+        raise ValueError(f'pixels of the image must be finite, got {wrong} others of {inputs.numel()} values')
+    return data
 
 
 def image_path(dataset: Sequence, i: int) -> str:
@@ -253,6 +266,8 @@ class FileReader:
             else:
                 with _reading('image: wanted a picture', image):
                     data = transform(data)
+        with about(image):
+            finite(data)
         if truth is None:
             return data, None
         labels = data['data_samples'].gt_sem_seg.data[0].numpy()
