@@ -18,27 +18,22 @@ from .reading import find_weights, unwrap
 from .whole_models import with_own_vit
 
 
-class OfOneMSViT(Hook):
-    """Base of the hooks that are about a model's :class:`MSViT`.
-
-    Args:
-        backbone: its name in the model, where there are several and it is not clear which is meant: see
-            :func:`~mmseg_msvit.inspection.find_msvit`.
-    """
-
-    def __init__(self, backbone: Optional[str] = None):
-        self.backbone = backbone
-
-
 @HOOKS.register_module()
-class ViTWeightsHook(OfOneMSViT):
+class ViTWeightsHook(Hook):
     """Lets ``load_from`` name a plain ViT of another layout, such as timm's or the official Segmenter's.
 
     Only a hook sees a checkpoint before mmengine loads it. :class:`GateLossHook` does this, too: a training with it
     needs no second hook.
+
+    Args:
+        backbone: the MSViT's name in the model, where there are several and it is not clear which is meant: see
+            :func:`~mmseg_msvit.inspection.find_msvit`.
     """
 
     priority = 'HIGH'  # before EMAHook, which copies what is loaded
+
+    def __init__(self, backbone: Optional[str] = None):
+        self.backbone = backbone
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Gives the checkpoint's ViT the names of the model's MSViT; other tensors that the model has stay.
@@ -152,7 +147,7 @@ def _add_gate_losses(backbone, module, args, kwargs, output):
 
 
 @HOOKS.register_module()
-class DenseFirstHook(OfOneMSViT):
+class DenseFirstHook(Hook):
     """Trains with all tokens fine first, and then with those that the gate chooses, for a gate that learns nothing.
 
     A ViT that learns from few tokens from the first step on learns less, also of fine ones (``docs/benchmarks.md``). A
@@ -160,13 +155,13 @@ class DenseFirstHook(OfOneMSViT):
 
     Args:
         part: the share of the training's steps that are dense.
+        backbone: as of :class:`ViTWeightsHook`.
     """
 
-    def __init__(self, part: float = 0.5, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, part: float = 0.5, backbone: Optional[str] = None):
         if not 0 <= part <= 1:
             raise ValueError(f'part must be in [0, 1], got {part}')
-        self.part = part
+        self.part, self.backbone = part, backbone
 
     def before_train(self, runner) -> None:
         if find_msvit(runner.model, self.backbone).gate_learns:

@@ -5,7 +5,7 @@ import re
 import pytest
 import timm
 import torch
-from conftest import ROOT, randomize, sample
+from conftest import ROOT, hooked, randomize, sample
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
@@ -22,16 +22,17 @@ SWAPS = [block for block in BLOCKS if '_base_' in block]
 
 def test_all_families_are_there():
     types = re.findall(r"type='(MS\w+)'", ''.join(SWAPS))
-    assert set(types) == {'MSViT', 'MSBEiT'} and len(SWAPS) == 4
+    assert set(types) == {'MSViT', 'MSBEiT', 'MSLoRAModel'} and len(SWAPS) == 5
 
 
 @pytest.mark.parametrize('text', SWAPS)
 @pytest.mark.parametrize('scales', [None, 3])
 def test_swap(text, scales):
     config = Config.fromstring(text, '.py')
-    assert config.model.pretrained.endswith('.pth')
+    backbone = config.model.backbone.get('module', config.model.backbone)  # in a LoRA
+    init = backbone.pop('init_cfg', {})
+    assert (config.model.pretrained or init['checkpoint']).endswith('.pth')
     config.model.pretrained = None
-    backbone = config.model.backbone
     patch = backbone.get('patch_size', 16)
     if scales:
         backbone.scales = (patch, 2 * patch, 4 * patch)
@@ -47,6 +48,7 @@ def test_swap(text, scales):
     total.backward()
     assert all(p.grad is not None for gate in model.backbone.gates for p in gate.parameters())
     build_optim_wrapper(model, config.optim_wrapper)
+    hooked(model)  # its gate learns
 
 
 def test_without_a_config(tmp_path, monkeypatch):

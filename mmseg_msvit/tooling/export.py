@@ -177,17 +177,13 @@ def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
             resize.append(dict(scale=step.scale, keep_ratio=step.keep_ratio))
         elif isinstance(step, ResizeToMultiple) and bilinear:
             resize.append(dict(multiple=step.size_divisor))
-        elif type(step) is LoadImageFromFile and step.color_type in ('color', 'grayscale', 'unchanged'):
-            if step.imdecode_backend not in ('cv2', 'tifffile'):
-                raise InputError(
-                    "CONFIG: wanted a LoadImageFromFile with imdecode_backend 'cv2' or 'tifffile', got "
-                    f'{step.imdecode_backend!r}'
-                )
+        elif type(step) is LoadImageFromFile and _can_be_told(step):
             read = dict(color=step.color_type, backend=step.imdecode_backend)
         elif not isinstance(step, PackSegInputs):
             raise InputError(
-                'CONFIG: wanted a test pipeline of LoadImageFromFile, Resize to a scale and ResizeToMultiple, by cv2 '
-                f'and bilinear, which a file can tell of, got {type(step).__name__} as it is set there'
+                'CONFIG: wanted a test pipeline of LoadImageFromFile, by cv2 or tifffile, Resize to a scale and '
+                'ResizeToMultiple, by cv2 and bilinear, which a file can tell of, got '
+                f'{type(step).__name__} as it is set there'
             )
     if resize and model.align_corners:
         raise InputError(
@@ -217,6 +213,10 @@ def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
         versions=dict(mmseg_msvit=__version__, torch=torch.__version__),
     )
     return {name: json.dumps(value) for name, value in found.items()}
+
+
+def _can_be_told(load: LoadImageFromFile) -> bool:
+    return load.color_type in ('color', 'grayscale', 'unchanged') and load.imdecode_backend in ('cv2', 'tifffile')
 
 
 def save_onnx(
