@@ -1,20 +1,20 @@
 """MSViT for MMSegmentation. Importing it registers the classes that :data:`__all__` names in mmseg's registries."""
 
 from . import versions  # noqa: F401  # isort: split  (before mmseg, which fails on a wrong mmcv and says less)
-from .backbone import MSViT
-from .beit import MSMAE, MSBEiT
-from .doubt import DoubtLoss
-from .flops import pass_costs
-from .gate_losses import BatchShapingLoss, GeneralizedBatchShapingLoss, TokenBudgetLoss
-from .gates import FixedGate, RandomGate, VarianceGate
-from .hooks import DenseFirstHook, GateLossHook, TokenMapHook, ViTWeightsHook
-from .inspection import record_tokens
-from .learned_gates import ContextGate, GlanceGate, MLPGate
+from .engine.hooks import DenseFirstHook, GateLossHook, TokenMapHook, ViTWeightsHook
+from .engine.optim import MSViTLayerDecayConstructor
+from .gates.doubt import DoubtLoss
+from .gates.gate import FixedGate, RandomGate, VarianceGate
+from .gates.learned import ContextGate, GlanceGate, MLPGate
+from .gates.losses import BatchShapingLoss, GeneralizedBatchShapingLoss, TokenBudgetLoss
+from .gates.purity import PurityLoss
 from .loading import load_backbone
-from .metrics import TokenMetric
-from .optim import MSViTLayerDecayConstructor
-from .purity import PurityLoss
-from .token_heads import TokenLinearHead, TokenSegmenterHead
+from .measuring.flops import pass_costs
+from .measuring.inspection import record_tokens
+from .measuring.metrics import TokenMetric
+from .vit.beit import MSMAE, MSBEiT
+from .vit.msvit import MSViT
+from .vit.token_heads import TokenLinearHead, TokenSegmenterHead
 
 __version__ = '0.2.0'
 

@@ -7,10 +7,10 @@ alone does without mmpretrain. Gates and gate losses need no second registration
 from mmpretrain.registry import HOOKS, METRICS, MODELS
 from torch import Tensor
 
-from .backbone import MSViT
-from .hooks import GateLossHook, ViTWeightsHook
-from .metrics import TokenMetric
-from .tokens import TokenMap
+from .engine.hooks import GateLossHook, ViTWeightsHook
+from .measuring.metrics import TokenMetric
+from .tokens.token_map import TokenMap
+from .vit.msvit import MSViT
 
 
 @MODELS.register_module(name='MSViT')

@@ -11,14 +11,14 @@ from typing import Dict, Union
 from mmengine.logging import print_log
 from torch import Tensor
 
-from .backbone import MSViT
-from .beit import MSMAE, MSBEiT
-from .blocks import swiglu_width
-from .checkpoint import PATCH_WEIGHT, fit
-from .layouts import rename
-from .mixed_scale import MixedScale
-from .reading import read_checkpoint, tensors_below
-from .resampling import grids_of_regions, source_grid
+from .vit.beit import MSMAE, MSBEiT
+from .vit.blocks import swiglu_width
+from .vit.mixed_scale import MixedScale
+from .vit.msvit import MSViT
+from .weights.checkpoint import PATCH_WEIGHT, fit
+from .weights.layouts import rename
+from .weights.reading import read_checkpoint, tensors_below
+from .weights.resampling import grids_of_regions, source_grid
 
 # A tensor of a gate -> its class.
 GATE_OF = {'gate.embed.weight': 'MLPGate', 'gate.patch.weight': 'ContextGate', 'gate.glance_in.weight': 'GlanceGate'}

@@ -5,7 +5,7 @@ from mmpretrain.models.peft.lora import LoRALinear
 from mmseg.registry import MODELS
 from torch import nn
 
-from .checkpoint import ADDED, GATES
+from .weights.checkpoint import ADDED, GATES
 
 
 @MODELS.register_module()

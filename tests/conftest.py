@@ -25,10 +25,10 @@ from mmengine.utils import digit_version
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
-from mmseg_msvit import blocks
-from mmseg_msvit.attention import attend_reference
-from mmseg_msvit.hooks import GateLossHook
-from mmseg_msvit.tokens import region_grid
+from mmseg_msvit.engine.hooks import GateLossHook
+from mmseg_msvit.tokens.token_map import region_grid
+from mmseg_msvit.vit import blocks
+from mmseg_msvit.vit.attention import attend_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get('MSVIT_SHARED', ROOT.parent / 'shared'))

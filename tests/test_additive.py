@@ -7,11 +7,11 @@ from mmseg.registry import MODELS
 from torch.nn import functional as F
 
 from mmseg_msvit import MSViT
-from mmseg_msvit.embedding import pad_to_regions, patchify
-from mmseg_msvit.gate_losses import GateLoss
-from mmseg_msvit.gates import Gate
-from mmseg_msvit.mixed_scale import MixedScale
+from mmseg_msvit.gates.gate import Gate
+from mmseg_msvit.gates.losses import GateLoss
+from mmseg_msvit.tokens.embedding import pad_to_regions, patchify
 from mmseg_msvit.tooling.baselines import all_fine
+from mmseg_msvit.vit.mixed_scale import MixedScale
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from mmseg_msvit import attention
-from mmseg_msvit.attention import attend, attend_reference, drop_path
-from mmseg_msvit.inspection import record_tokens
+from mmseg_msvit.measuring.inspection import record_tokens
+from mmseg_msvit.vit import attention
+from mmseg_msvit.vit.attention import attend, attend_reference, drop_path
 
 
 def pack(lengths, heads=2, d=4, dtype=torch.float64):

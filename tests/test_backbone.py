@@ -7,10 +7,10 @@ from mmseg.models.backbones import VisionTransformer
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
-from mmseg_msvit.blocks import Places
-from mmseg_msvit.embedding import pad_to_regions, shrink
-from mmseg_msvit.flops import pass_costs
-from mmseg_msvit.inspection import record_tokens, seen_size
+from mmseg_msvit.measuring.flops import pass_costs
+from mmseg_msvit.measuring.inspection import record_tokens, seen_size
+from mmseg_msvit.tokens.embedding import pad_to_regions, shrink
+from mmseg_msvit.vit.blocks import Places
 
 SIZES = [(512, 512), (234, 345), (32, 128), (32, 32), (16, 16), (96, 80), (7, 50), (1, 1)]
 RANDOM_GATE = dict(type='MLPGate', init_coarse=0.5)

@@ -5,7 +5,7 @@ import torch
 from conftest import randomize
 from mmseg.registry import MODELS
 
-from mmseg_msvit.positions import Relative
+from mmseg_msvit.tokens.positions import Relative
 
 SMALL = dict(img_size=(64, 96), embed_dims=32, num_layers=3, num_heads=2, out_indices=(0, 2), final_norm=True)
 FAMILIES = ['BEiT', 'MAE']

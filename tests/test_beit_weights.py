@@ -16,9 +16,9 @@ from scipy.interpolate import RectBivariateSpline
 from timm.models.beit import Beit as TimmBeit
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 
-from mmseg_msvit.checkpoint import fit
-from mmseg_msvit.resampling import resample_relative
-from mmseg_msvit.whole_models import load_segmentor
+from mmseg_msvit.weights.checkpoint import fit
+from mmseg_msvit.weights.resampling import resample_relative
+from mmseg_msvit.weights.whole_models import load_segmentor
 
 pytest.importorskip('transformers')
 

@@ -30,7 +30,9 @@ def test_passes_on_the_cpu(tool, capsys):
 
 
 def test_finds_an_attention_that_is_wrong(tool, monkeypatch):
-    monkeypatch.setattr('mmseg_msvit.attention.attend', lambda qkv, *args: qkv[:, 2])  # every token sees itself alone
+    monkeypatch.setattr(
+        'mmseg_msvit.vit.attention.attend', lambda qkv, *args: qkv[:, 2]
+    )  # every token sees itself alone
     assert tool('check_gpu.py', '--device', 'cpu').startswith('plain attention, torch.float32, by one kernel a length:')
 
 

@@ -24,12 +24,12 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from mmseg_msvit import reading
-from mmseg_msvit.checkpoint import fit
-from mmseg_msvit.reading import read_checkpoint, unwrap
-from mmseg_msvit.resampling import resample_positions
 from mmseg_msvit.versions import BEFORE_TORCH_26
-from mmseg_msvit.whole_models import load_segmentor
+from mmseg_msvit.weights import reading
+from mmseg_msvit.weights.checkpoint import fit
+from mmseg_msvit.weights.reading import read_checkpoint, unwrap
+from mmseg_msvit.weights.resampling import resample_positions
+from mmseg_msvit.weights.whole_models import load_segmentor
 
 SHAPE = dict(img_size=64, embed_dims=32, num_layers=3, num_heads=2, final_norm=True, norm_cfg=dict(type='LN', eps=1e-6))
 

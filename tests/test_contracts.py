@@ -10,12 +10,12 @@ from mmseg.registry import HOOKS, METRICS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from torch.utils.flop_counter import FlopCounterMode
 
 import mmseg_msvit
-from mmseg_msvit.flops import dense_macs
-from mmseg_msvit.gate_losses import GateLoss
-from mmseg_msvit.gates import Gate
-from mmseg_msvit.mixed_scale import MixedScale
-from mmseg_msvit.selection import Decision
-from mmseg_msvit.token_heads import TokenHead
+from mmseg_msvit.gates.gate import Gate
+from mmseg_msvit.gates.losses import GateLoss
+from mmseg_msvit.measuring.flops import dense_macs
+from mmseg_msvit.tokens.selection import Decision
+from mmseg_msvit.vit.mixed_scale import MixedScale
+from mmseg_msvit.vit.token_heads import TokenHead
 
 REGION, GRID, DIMS = 32, (3, 5), 16
 

@@ -14,8 +14,8 @@ from timm.models.eva import checkpoint_filter_fn as read_dinov3
 from timm.models.vision_transformer import checkpoint_filter_fn as read_dinov2
 
 from mmseg_msvit import load_backbone
-from mmseg_msvit.checkpoint import fit
-from mmseg_msvit.resampling import resample_patch
+from mmseg_msvit.weights.checkpoint import fit
+from mmseg_msvit.weights.resampling import resample_patch
 
 pytest.importorskip('transformers')
 

@@ -18,8 +18,8 @@ from mmengine.optim import OptimWrapper
 from mmseg.registry import METRICS, MODELS
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from mmseg_msvit.backbone import MSViT
-from mmseg_msvit.blocks import Block
+from mmseg_msvit.vit.blocks import Block
+from mmseg_msvit.vit.msvit import MSViT
 
 LOSSES = ('GeneralizedBatchShapingLoss', 'BatchShapingLoss', 'TokenBudgetLoss', 'PurityLoss')
 IMAGES = 8

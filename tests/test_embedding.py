@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from conftest import build_msvit
 
-from mmseg_msvit.embedding import area_mean, pad_to_regions, patches_at, patchify
-from mmseg_msvit.positions import resample_by_products, resample_table, table_positions
+from mmseg_msvit.tokens.embedding import area_mean, pad_to_regions, patches_at, patchify
+from mmseg_msvit.tokens.positions import resample_by_products, resample_table, table_positions
 from mmseg_msvit.tooling.timing import peak_memory
 
 

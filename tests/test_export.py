@@ -21,12 +21,12 @@ from mmseg.models.decode_heads import FCNHead
 from mmseg.registry import MODELS
 from torch import nn
 
-from mmseg_msvit.attention import attend, attend_padded
-from mmseg_msvit.embedding import mean_weights
-from mmseg_msvit.inspection import record_tokens
+from mmseg_msvit.measuring.inspection import record_tokens
+from mmseg_msvit.tokens.embedding import mean_weights
 from mmseg_msvit.tooling.command_line import InputError
 from mmseg_msvit.tooling.testset import FileReader
 from mmseg_msvit.versions import BEFORE_TORCH_26
+from mmseg_msvit.vit.attention import attend, attend_padded
 
 if BEFORE_TORCH_26:
     pytest.skip('the export wants torch 2.6 or later', allow_module_level=True)

@@ -8,11 +8,11 @@ from conftest import force_random_logits, no_noise, randomize, use_plain_attenti
 from mmseg.registry import MODELS
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmseg_msvit.blocks import block_of
-from mmseg_msvit.flops import dense_macs
-from mmseg_msvit.inspection import as_dense
-from mmseg_msvit.tokens import PackedTokens
+from mmseg_msvit.measuring.flops import dense_macs
+from mmseg_msvit.measuring.inspection import as_dense
+from mmseg_msvit.tokens.token_map import PackedTokens
 from mmseg_msvit.tooling.baselines import dense_forward
+from mmseg_msvit.vit.blocks import block_of
 
 SMALL = dict(img_size=(64, 96), embed_dims=32, num_layers=2, num_heads=2, out_indices=(0, 1), final_norm=True)
 FAMILIES = {

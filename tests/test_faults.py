@@ -15,11 +15,11 @@ from mmengine.config import Config
 from mmengine.runner.checkpoint import load_state_dict
 from mmseg.registry import MODELS
 
-from mmseg_msvit.doubt import Teacher
-from mmseg_msvit.reading import read_checkpoint
+from mmseg_msvit.gates.doubt import Teacher
 from mmseg_msvit.tooling.command_line import InputError
 from mmseg_msvit.tooling.dense_pass import find_images
 from mmseg_msvit.tooling.testset import load_model, load_testset
+from mmseg_msvit.weights.reading import read_checkpoint
 
 
 def rewrite(folder, what):

@@ -16,8 +16,8 @@ from mmengine.registry import init_default_scope
 from mmseg.apis import inference_model, init_model
 from mmseg.registry import MODELS
 
-from mmseg_msvit.doubt import class_shares, region_doubt
-from mmseg_msvit.inspection import record_tokens
+from mmseg_msvit.gates.doubt import class_shares, region_doubt
+from mmseg_msvit.measuring.inspection import record_tokens
 from mmseg_msvit.tooling.dense_pass import Window
 from mmseg_msvit.tooling.gate_fitting import between, convert, find_threshold, shared_size
 from mmseg_msvit.tooling.testset import FileReader, load_config

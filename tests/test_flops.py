@@ -7,9 +7,9 @@ from mmseg.registry import MODELS
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmseg_msvit.flops import HeadMacs, dense_macs, encoder_macs, operator_macs, pass_costs, share_cost
-from mmseg_msvit.inspection import record_tokens
-from mmseg_msvit.tokens import region_grid
+from mmseg_msvit.measuring.flops import HeadMacs, dense_macs, encoder_macs, operator_macs, pass_costs, share_cost
+from mmseg_msvit.measuring.inspection import record_tokens
+from mmseg_msvit.tokens.token_map import region_grid
 
 
 def counted(function):

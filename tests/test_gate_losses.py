@@ -19,10 +19,10 @@ from mmseg.structures import SegDataSample
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmseg_msvit.doubt import class_shares, doubt_scale, doubt_target, region_doubt
-from mmseg_msvit.gate_losses import batch_shaping_loss, beta_cdf, normal_cdf, relaxed_bernoulli_cdf
-from mmseg_msvit.purity import ALIKE, PurityLoss, region_purity
-from mmseg_msvit.selection import Decision
+from mmseg_msvit.gates.doubt import class_shares, doubt_scale, doubt_target, region_doubt
+from mmseg_msvit.gates.losses import batch_shaping_loss, beta_cdf, normal_cdf, relaxed_bernoulli_cdf
+from mmseg_msvit.gates.purity import ALIKE, PurityLoss, region_purity
+from mmseg_msvit.tokens.selection import Decision
 
 
 def tensor(values):
@@ -445,8 +445,8 @@ def test_the_share_of_coarse_targets_is_kept_while_doubts_change(kind, monkeypat
     """A segmentor that learns doubts less and less, and each batch has another least doubt."""
     loss = MODELS.build(dict(type='DoubtLoss', target_coarse=0.3))
     order, seen, shares = torch.rand(4, 16, 16), [], []
-    monkeypatch.setattr('mmseg_msvit.doubt.class_shares', lambda *args: None)
-    monkeypatch.setattr('mmseg_msvit.doubt.region_doubt', lambda *args: (seen[-1], None))
+    monkeypatch.setattr('mmseg_msvit.gates.doubt.class_shares', lambda *args: None)
+    monkeypatch.setattr('mmseg_msvit.gates.doubt.region_doubt', lambda *args: (seen[-1], None))
     loss.teacher = lambda images: None
     for step in range(60):
         if kind == 'shrinking':  # from hardly any difference to a large one
@@ -552,7 +552,7 @@ def _of_unequal_ranks():
 def test_a_share_of_very_many_doubts_is_that_of_some(monkeypatch):
     doubt = torch.rand(5000)
     wanted = doubt_scale(doubt, 0.3)
-    monkeypatch.setattr('mmseg_msvit.doubt.MOST_RANKED', 1000)
+    monkeypatch.setattr('mmseg_msvit.gates.doubt.MOST_RANKED', 1000)
     monkeypatch.setattr(torch.Tensor, 'quantile', lambda x, q: torch.quantile(x, q) if len(x) <= 1000 else 1 / 0)
     torch.testing.assert_close(doubt_scale(doubt, 0.3), wanted, rtol=0.1, atol=0)
 

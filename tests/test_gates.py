@@ -4,8 +4,8 @@ from conftest import SMALL, build_msvit, randomize
 from mmseg.registry import MODELS
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmseg_msvit.flops import dense_macs, operator_macs
-from mmseg_msvit.inspection import record_tokens
+from mmseg_msvit.measuring.flops import dense_macs, operator_macs
+from mmseg_msvit.measuring.inspection import record_tokens
 
 SHAPE = dict(in_channels=3, region=8, grid=(4, 4), embed_dims=16)
 

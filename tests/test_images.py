@@ -16,11 +16,11 @@ from mmseg.models import EncoderDecoder
 from mmseg.registry import HOOKS, MODELS
 from torch import nn
 
+from mmseg_msvit.measuring.visualization import picture_of
 from mmseg_msvit.tooling import command_line
 from mmseg_msvit.tooling.command_line import InputError, about
 from mmseg_msvit.tooling.explorer import Explorer
 from mmseg_msvit.tooling.testset import SUFFIXES, FileReader, list_images, load_config, load_model, pair_truth
-from mmseg_msvit.visualization import picture_of
 
 SPLITS = 'train_dataloader', 'val_dataloader', 'test_dataloader'
 

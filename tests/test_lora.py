@@ -14,8 +14,8 @@ pytest.importorskip('mmpretrain')
 
 from mmpretrain.models import LoRAModel  # noqa: E402, F401
 
-from mmseg_msvit.inspection import record_tokens  # noqa: E402
 from mmseg_msvit.lora import MSLoRAModel, merge_lora  # noqa: E402
+from mmseg_msvit.measuring.inspection import record_tokens  # noqa: E402
 from mmseg_msvit.tooling.testset import load_config, load_model  # noqa: E402
 
 TARGETS = [dict(type='.*out_proj'), dict(type='.*ffn.layers.1')]

@@ -9,9 +9,9 @@ from conftest import build_msvit, build_runner, force_logits, tiny_segmentor
 from mmengine.config import ConfigDict
 from mmseg.registry import METRICS, MODELS
 
-from mmseg_msvit.flops import dense_macs
-from mmseg_msvit.inspection import record_tokens
-from mmseg_msvit.mixed_scale import MixedScale
+from mmseg_msvit.measuring.flops import dense_macs
+from mmseg_msvit.measuring.inspection import record_tokens
+from mmseg_msvit.vit.mixed_scale import MixedScale
 
 
 def metric(**kwargs):

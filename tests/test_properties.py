@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from mmseg.models.backbones import VisionTransformer
 from mmseg.registry import MODELS
 
-from mmseg_msvit.selection import TokenSelector
-from mmseg_msvit.tokens import PackedTokens, region_grid, shrunk_grid
+from mmseg_msvit.tokens.selection import TokenSelector
+from mmseg_msvit.tokens.token_map import PackedTokens, region_grid, shrunk_grid
 
 TABLE = (4, 6)  # cells
 SMALL = dict(embed_dims=16, num_layers=2, num_heads=2, final_norm=True)

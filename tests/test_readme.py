@@ -12,8 +12,8 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.runner.checkpoint import load_state_dict
 from mmseg.registry import MODELS
 
-from mmseg_msvit.inspection import find_msvit
-from mmseg_msvit.whole_models import load_segmentor
+from mmseg_msvit.measuring.inspection import find_msvit
+from mmseg_msvit.weights.whole_models import load_segmentor
 
 PAGES = ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))
 BLOCKS = [block for page in PAGES for block in re.findall(r'```python\n(.*?)```', page.read_text(), re.DOTALL)]

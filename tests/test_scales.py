@@ -8,9 +8,9 @@ from conftest import build_msvit, force_random_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmseg_msvit.backbone import MSViT
-from mmseg_msvit.selection import TokenSelector
-from mmseg_msvit.tokens import region_grid
+from mmseg_msvit.tokens.selection import TokenSelector
+from mmseg_msvit.tokens.token_map import region_grid
+from mmseg_msvit.vit.msvit import MSViT
 
 THREE = dict(img_size=128, scales=(16, 32, 64))
 

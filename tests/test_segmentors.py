@@ -6,7 +6,7 @@ from conftest import SMALL, hooked, randomize, sample
 from mmengine.config import ConfigDict
 from mmseg.registry import MODELS
 
-from mmseg_msvit.flops import HeadMacs, operator_macs
+from mmseg_msvit.measuring.flops import HeadMacs, operator_macs
 
 CLASSES = 5
 PREPROCESSOR = dict(type='SegDataPreProcessor', mean=[0] * 3, std=[50] * 3, size_divisor=None)

@@ -10,10 +10,10 @@ from mmengine.config import ConfigDict
 from mmseg.registry import METRICS, MODELS
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmseg_msvit.flops import HeadMacs, pass_costs
-from mmseg_msvit.inspection import record_tokens
-from mmseg_msvit.out_detail import smooth_coarse
-from mmseg_msvit.tokens import PackedTokens
+from mmseg_msvit.measuring.flops import HeadMacs, pass_costs
+from mmseg_msvit.measuring.inspection import record_tokens
+from mmseg_msvit.tokens.out_detail import smooth_coarse
+from mmseg_msvit.tokens.token_map import PackedTokens
 
 CLASSES = 5
 MASK = dict(in_channels=32, channels=32, num_classes=CLASSES, num_layers=2, num_heads=2, embed_dims=16)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from mmseg_msvit.flops import PLAIN_VITS
+from mmseg_msvit.measuring.flops import PLAIN_VITS
 from mmseg_msvit.tooling.arena import CHOOSERS, dense, play, smaller
 from mmseg_msvit.tooling.command_line import (
     DEVICE,
@@ -33,7 +33,7 @@ from mmseg_msvit.tooling.command_line import (
 from mmseg_msvit.tooling.dense_pass import find_images, find_test_images, gather
 from mmseg_msvit.tooling.gate_fitting import convert, dense_backbone, fit, gate_logits, shared_size
 from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
-from mmseg_msvit.whole_models import OF_GATES
+from mmseg_msvit.weights.whole_models import OF_GATES
 
 # Fitted gates: name -> kind of gate, and what it is fitted to.
 FITTED = {

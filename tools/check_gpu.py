@@ -24,9 +24,9 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from mmseg_msvit.attention import attend, attend_reference, has_varlen
-from mmseg_msvit.hooks import GateLossHook
+from mmseg_msvit.engine.hooks import GateLossHook
 from mmseg_msvit.tooling.command_line import InputError, one_line_errors, positive
+from mmseg_msvit.vit.attention import attend, attend_reference, has_varlen
 
 HALVES = (torch.bfloat16, torch.float16)
 

@@ -20,7 +20,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.logging import MMLogger
 from rich.progress import track
 
-from mmseg_msvit.inspection import check_one_pass
+from mmseg_msvit.measuring.inspection import check_one_pass
 from mmseg_msvit.tooling.baselines import dense_forward
 from mmseg_msvit.tooling.command_line import InputError, about, one_line_errors, positive, print_table
 from mmseg_msvit.tooling.dense_pass import evenly

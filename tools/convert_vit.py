@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from mmseg_msvit.checkpoint import refuse_not_finite
-from mmseg_msvit.layouts import fold_layer_scale, rename
-from mmseg_msvit.reading import read_checkpoint, unwrap
-from mmseg_msvit.resampling import resample_positions, source_grid
 from mmseg_msvit.tooling.command_line import write_whole
+from mmseg_msvit.weights.checkpoint import refuse_not_finite
+from mmseg_msvit.weights.layouts import fold_layer_scale, rename
+from mmseg_msvit.weights.reading import read_checkpoint, unwrap
+from mmseg_msvit.weights.resampling import resample_positions, source_grid
 
 # Tensors that mmseg's ViT has no place for, and without which the features are others.
 FOREIGN = ('register_tokens', 'ffn.w12.weight', 'relative_position_bias_table')

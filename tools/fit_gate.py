@@ -17,6 +17,7 @@ from pathlib import Path
 import cv2
 import torch
 
+from mmseg_msvit.measuring.visualization import draw_image
 from mmseg_msvit.tooling.command_line import DEVICE, InputError, one_line_errors, positive, print_table
 from mmseg_msvit.tooling.comparison import compare
 from mmseg_msvit.tooling.dense_pass import TARGETS, find_images, gather
@@ -32,7 +33,6 @@ from mmseg_msvit.tooling.gate_fitting import (
     write,
 )
 from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
-from mmseg_msvit.visualization import draw_image
 
 
 def main() -> None:

@@ -14,14 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Optional
 
-from mmseg_msvit.flops import PARTS, PLAIN_VITS, HeadMacs, dense_cost, inference_cost, share_cost
-from mmseg_msvit.inspection import check_one_pass
-from mmseg_msvit.learned_gates import LearnedGate
-from mmseg_msvit.metrics import summarize_costs
-from mmseg_msvit.mixed_scale import MixedScale
-from mmseg_msvit.tokens import region_grid
+from mmseg_msvit.gates.learned import LearnedGate
+from mmseg_msvit.measuring.flops import PARTS, PLAIN_VITS, HeadMacs, dense_cost, inference_cost, share_cost
+from mmseg_msvit.measuring.inspection import check_one_pass
+from mmseg_msvit.measuring.metrics import summarize_costs
+from mmseg_msvit.tokens.token_map import region_grid
 from mmseg_msvit.tooling.command_line import DEVICE, about, one_line_errors, positive, print_table, write_json
 from mmseg_msvit.tooling.testset import image_path, load_config, load_model, load_testset, over_images
+from mmseg_msvit.vit.mixed_scale import MixedScale
 
 SHARES = (0, 0.25, 0.5, 0.75, 1)
 

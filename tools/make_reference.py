@@ -13,10 +13,10 @@ from docstring_parser import DocstringStyle, parse
 
 import mmseg_msvit
 from mmseg_msvit.classification import ClassificationMSViT
-from mmseg_msvit.gate_losses import GateLoss
-from mmseg_msvit.gates import Gate
-from mmseg_msvit.mixed_scale import MixedScale
-from mmseg_msvit.token_heads import TokenHead
+from mmseg_msvit.gates.gate import Gate
+from mmseg_msvit.gates.losses import GateLoss
+from mmseg_msvit.vit.mixed_scale import MixedScale
+from mmseg_msvit.vit.token_heads import TokenHead
 
 HEAD = """\
 # Reference

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..doubt import region_doubt
-from ..embedding import pad_to_regions, patchify, shrink
-from ..flops import add_up
-from ..inspection import deciding_by
+from ..gates.doubt import region_doubt
 from ..labels import count_answers
-from ..tokens import Grid, region_grid, shrunk_grid
+from ..measuring.flops import add_up
+from ..measuring.inspection import deciding_by
+from ..tokens.embedding import pad_to_regions, patchify, shrink
+from ..tokens.token_map import Grid, region_grid, shrunk_grid
 from .comparison import label_areas, mean_iou, predict
 from .dense_pass import Example, Window, pixels
 from .gate_fitting import find_threshold

@@ -6,11 +6,11 @@ from mmengine.config import Config
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from ..embedding import pad_to_regions
-from ..gates import CERTAIN
-from ..mixed_scale import MixedScale
-from ..selection import uniform_tokens
-from ..tokens import Grid, PackedTokens, TokenMap
+from ..gates.gate import CERTAIN
+from ..tokens.embedding import pad_to_regions
+from ..tokens.selection import uniform_tokens
+from ..tokens.token_map import Grid, PackedTokens, TokenMap
+from ..vit.mixed_scale import MixedScale
 
 
 def first_values(config: Config) -> nn.Module:

@@ -10,9 +10,9 @@ from mmseg.evaluation import IoUMetric
 from rich.progress import track
 from torch import Tensor, nn
 
-from ..flops import add_up, pass_costs
-from ..inspection import record_tokens
 from ..labels import IGNORE_INDEX, count_answers
+from ..measuring.flops import add_up, pass_costs
+from ..measuring.inspection import record_tokens
 from .command_line import about
 from .dense_pass import Example, evenly
 

@@ -14,10 +14,10 @@ from mmseg.structures import SegDataSample
 from rich.progress import track
 from torch import Tensor, nn
 
-from ..doubt import class_shares
-from ..inspection import check_one_pass
+from ..gates.doubt import class_shares
 from ..labels import IGNORE_INDEX, one_class
-from ..tokens import Grid
+from ..measuring.inspection import check_one_pass
+from ..tokens.token_map import Grid
 from .command_line import InputError, about
 from .testset import FileReader, list_images, load_dataset, load_testset
 

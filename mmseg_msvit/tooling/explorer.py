@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..flops import HeadMacs, pass_costs
-from ..inspection import as_dense, deciding_by, find_msvit, look
-from ..tokens import region_grid
-from ..visualization import picture_of, sample_pictures
+from ..measuring.flops import HeadMacs, pass_costs
+from ..measuring.inspection import as_dense, deciding_by, find_msvit, look
+from ..measuring.visualization import picture_of, sample_pictures
+from ..tokens.token_map import region_grid
 from .command_line import InputError, about
 from .testset import FileReader
 from .timing import timed

@@ -19,13 +19,13 @@ from mmseg.registry import MODELS
 from rich.progress import track
 from torch import Tensor, nn
 
-from ..doubt import doubt_scale, doubt_target, region_doubt
-from ..gates import FixedGate
+from ..gates.doubt import doubt_scale, doubt_target, region_doubt
+from ..gates.gate import FixedGate
 from ..labels import Classes
-from ..mixed_scale import MixedScale
-from ..selection import TokenSelector
-from ..tokens import Grid, shrunk_grid
-from ..whole_models import OF_GATES
+from ..tokens.selection import TokenSelector
+from ..tokens.token_map import Grid, shrunk_grid
+from ..vit.mixed_scale import MixedScale
+from ..weights.whole_models import OF_GATES
 from .command_line import InputError, write_whole
 from .dense_pass import Example, Window, pixels
 from .testset import merge_first

@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from mmengine.dataset import BaseDataset
 from torch import nn
 
-from ..inspection import coarse_regions, find_msvit, look, seen_size
+from ..gates.purity import region_purity
 from ..labels import IGNORE_INDEX, Classes, one_class
-from ..metrics import summarize
-from ..purity import region_purity
-from ..visualization import sample_figure
+from ..measuring.inspection import coarse_regions, find_msvit, look, seen_size
+from ..measuring.metrics import summarize
+from ..measuring.visualization import sample_figure
 from .command_line import InputError
 from .testset import over_images
 

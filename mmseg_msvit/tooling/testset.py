@@ -19,8 +19,8 @@ from rich.progress import track
 from torch import nn
 
 from ..labels import IGNORE_INDEX, Classes, check_heads, check_labels
-from ..mixed_scale import MixedScale
-from ..whole_models import load_segmentor
+from ..vit.mixed_scale import MixedScale
+from ..weights.whole_models import load_segmentor
 from .command_line import OF_FILES, InputError, about, first_line
 
 # What OpenCV reads, and so mmseg.

@@ -13,9 +13,9 @@ from mmseg.models.decode_heads import FCNHead, SegmenterMaskTransformerHead
 from mmseg.registry import MODELS
 from torch import Tensor
 
+from ..tokens.out_detail import smooth_coarse
+from ..tokens.token_map import PackedTokens
 from .blocks import Places, block_of
-from .out_detail import smooth_coarse
-from .tokens import PackedTokens
 
 
 class TokenHead:

@@ -6,10 +6,10 @@ from mmseg.models.backbones import MAE, BEiT
 from mmseg.registry import MODELS
 from torch import Tensor
 
+from ..tokens.positions import Relative
+from ..tokens.token_map import TokenMap
 from .blocks import Places
 from .mixed_scale import MixedScale
-from .positions import Relative
-from .tokens import TokenMap
 
 
 @MODELS.register_module()

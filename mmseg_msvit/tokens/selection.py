@@ -14,9 +14,9 @@ import torch
 from mmengine.logging import MessageHub
 from torch import Tensor, nn
 
-from .tokens import Grid, TokenMap, cumulative, over_cells, padded_rows, region_grid, region_of_cell
+from ..versions import nonzero_static
+from .token_map import Grid, TokenMap, cumulative, over_cells, padded_rows, region_grid, region_of_cell
 from .tracing import remembered, traced
-from .versions import nonzero_static
 
 TRAIN_TOKENS = ('active', 'trimmed', 'all')
 

@@ -12,10 +12,10 @@ from mmengine.model import is_model_wrapper
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from .evaluation import in_evaluation
-from .mixed_scale import MixedScale
-from .selection import Decision
-from .tokens import TokenMap, shrunk_grid
+from ..modes import in_evaluation
+from ..tokens.selection import Decision
+from ..tokens.token_map import TokenMap, shrunk_grid
+from ..vit.mixed_scale import MixedScale
 
 
 def find_msvit(model: nn.Module, name: Optional[str] = None) -> MixedScale:

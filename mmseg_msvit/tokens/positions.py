@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tokens import Grid, TokenMap
+from .token_map import Grid, TokenMap
 from .tracing import traced
 
 # The table's own modes, and bicubic with antialiasing, as DINOv2 with registers and timm resample.

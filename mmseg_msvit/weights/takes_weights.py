@@ -5,9 +5,9 @@ from typing import ClassVar, Dict, Tuple
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from ..versions import before_load_state_dict
 from .checkpoint import ADDED, adapt, fit, misshapen, refuse, refuse_not_finite
 from .reading import read_checkpoint, tensors_below
-from .versions import before_load_state_dict
 from .whole_models import translate
 
 

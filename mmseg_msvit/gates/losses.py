@@ -15,11 +15,11 @@ from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from ..tokens.positions import resample_table
+from ..tokens.selection import Decision
+from ..tokens.token_map import TokenMap
+from ..versions import before_load_state_dict
 from .distributions import beta_cdf, normal_cdf, relaxed_bernoulli_cdf
-from .positions import resample_table
-from .selection import Decision
-from .tokens import TokenMap
-from .versions import before_load_state_dict
 
 
 def batch_shaping_loss(values: Tensor, cdf: Callable[[Tensor], Tensor], present: Optional[Tensor] = None) -> Tensor:

@@ -15,12 +15,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from .blocks import block_of
-from .gates import VarianceGate
-from .mixed_scale import MixedScale
-from .selection import TokenSelector
-from .tokens import Grid, TokenMap, region_grid, shrunk_grid
-from .versions import unfused_attention
+from ..gates.gate import VarianceGate
+from ..tokens.selection import TokenSelector
+from ..tokens.token_map import Grid, TokenMap, region_grid, shrunk_grid
+from ..versions import unfused_attention
+from ..vit.blocks import block_of
+from ..vit.mixed_scale import MixedScale
 
 # mmseg's, whose blocks can be counted.
 PLAIN_VITS = (VisionTransformer, BEiT)

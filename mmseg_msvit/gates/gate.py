@@ -13,8 +13,8 @@ from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from .embedding import patchify
-from .tracing import first
+from ..tokens.embedding import patchify
+from ..tokens.tracing import first
 
 # A decided gate's logit: sigmoid(20) is 1 - 2e-9, so that it is beyond any threshold that one would set.
 CERTAIN = 20.0

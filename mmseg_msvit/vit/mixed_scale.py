@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..gates.gate import ask
+from ..gates.gated import Gated
+from ..gates.glance import glance
+from ..tokens.embedding import CoarseDetail, PatchRows, add_detail, candidate_patches, pad_to_regions, shrink
+from ..tokens.out_detail import ZeroLinear, add_out_detail, smooth_coarse
+from ..tokens.positions import table_positions
+from ..tokens.selection import Decision, TokenSelector, candidate_number, raise_not_finite
+from ..tokens.token_map import Grid, PackedTokens, TokenMap, region_grid
+from ..tokens.tracing import traced
+from ..weights.checkpoint import ADDED
+from ..weights.takes_weights import TakesWeights
 from .blocks import Block, Places, block_of
-from .checkpoint import ADDED
-from .embedding import CoarseDetail, PatchRows, add_detail, candidate_patches, pad_to_regions, shrink
-from .gated import Gated
-from .gates import ask
-from .glance import glance
-from .out_detail import ZeroLinear, add_out_detail, smooth_coarse
-from .positions import table_positions
-from .selection import Decision, TokenSelector, candidate_number, raise_not_finite
-from .tokens import Grid, PackedTokens, TokenMap, region_grid
-from .tracing import traced
-from .weights import TakesWeights
 
 COARSE_EMBED = ('resize', 'resize+detail')
 OUT_DETAIL = ('none', 'smooth', 'residual')

@@ -9,13 +9,13 @@ from mmengine.model.weight_init import trunc_normal_
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from .blocks import linear_weights
-from .checkpoint import misshapen
-from .embedding import area_mean, mean_weights, patchify
-from .gates import Gate
-from .positions import resample_table
-from .reading import read_checkpoint, tensors_below
-from .versions import before_load_state_dict
+from ..tokens.embedding import area_mean, mean_weights, patchify
+from ..tokens.positions import resample_table
+from ..versions import before_load_state_dict
+from ..vit.blocks import linear_weights
+from ..weights.checkpoint import misshapen
+from ..weights.reading import read_checkpoint, tensors_below
+from .gate import Gate
 
 # The losses clip probabilities to [1e-3, 1 - 1e-3]: a logit beyond 6.9 has no gradient, and one needs room to move.
 MAX_FIRST_LOGIT = 5.0

@@ -7,10 +7,10 @@ from mmseg.models.backbones import VisionTransformer
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from ..tokens.positions import rotary
+from ..tokens.token_map import TokenMap
 from .blocks import Block, Places, block_of
 from .mixed_scale import MixedScale
-from .positions import rotary
-from .tokens import TokenMap
 
 FFN_TYPES = ('mlp', 'swiglu')
 ROPES = (None, 'dinov3')

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from .evaluation import in_evaluation
-from .gates import Gate
-from .selection import uniform_tokens
-from .tokens import Grid, region_grid
+from ..modes import in_evaluation
+from ..tokens.selection import uniform_tokens
+from ..tokens.token_map import Grid, region_grid
+from .gate import Gate
 
 
 @torch.no_grad()

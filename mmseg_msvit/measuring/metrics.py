@@ -9,9 +9,9 @@ from mmengine.evaluator import BaseMetric
 from mmseg.registry import METRICS
 from torch import nn
 
+from ..tokens.token_map import TokenMap
+from ..vit.mixed_scale import MixedScale
 from .flops import PARTS, add_up, head_costs, pass_costs
-from .mixed_scale import MixedScale
-from .tokens import TokenMap
 
 PERCENTILES = (5, 50, 95)
 
@@ -95,7 +95,7 @@ class TokenMetric(BaseMetric):
     inference and all views of test-time augmentation count as the image's. Under a sampler that repeats images to fill
     the last batch, or on several ranks, each image counts once. An evaluation begins where the model is set to
     evaluation mode, as every loop does first: what was left before does not count. Predictions of your own in the
-    middle of one would: make them inside :func:`~mmseg_msvit.inspection.evaluating`.
+    middle of one would: make them inside :func:`~mmseg_msvit.measuring.inspection.evaluating`.
 
     Results, for ``tokens`` (cls token included) and ``encoder_gmacs`` (the blocks alone, as the paper counts, and not
     what a gate runs of them): ``_mean``, ``_p5``, ``_p50``, ``_p95``, and ``_of_dense``, the sum over the sum of the

@@ -6,9 +6,9 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmseg.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-from .checkpoint import GATES
-from .inspection import find_msvit
-from .mixed_scale import MixedScale
+from ..measuring.inspection import find_msvit
+from ..vit.mixed_scale import MixedScale
+from ..weights.checkpoint import GATES
 
 UNDECAYED = ('pos_embed', 'cls_token', 'register_tokens')
 

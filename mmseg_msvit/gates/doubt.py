@@ -16,11 +16,11 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .gate_losses import ShareLoss, gather_batch
-from .inspection import as_dense, evaluating
-from .selection import Decision
-from .tokens import TokenMap
-from .whole_models import load_segmentor
+from ..measuring.inspection import as_dense, evaluating
+from ..tokens.selection import Decision
+from ..tokens.token_map import TokenMap
+from ..weights.whole_models import load_segmentor
+from .losses import ShareLoss, gather_batch
 
 # Nats: where most regions have no doubt at all, as in labels, it is the least that counts as some.
 LEAST_DOUBT = 1e-3

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .positions import wide
-from .tokens import Grid, TokenMap, region_grid, shrunk_grid
+from .token_map import Grid, TokenMap, region_grid, shrunk_grid
 from .tracing import first, traced
 
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from scipy.interpolate import RectBivariateSpline
 from torch import Tensor
 
-from .positions import resample_table
-from .tokens import Grid
+from ..tokens.positions import resample_table
+from ..tokens.token_map import Grid
 
 
 def resample_positions(

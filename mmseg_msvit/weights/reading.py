@@ -20,8 +20,8 @@ from mmengine.runner import CheckpointLoader
 from mmengine.utils import digit_version
 from torch import Tensor
 
+from ..versions import BEFORE_TORCH_26
 from .layouts import AVERAGED
-from .versions import BEFORE_TORCH_26
 
 # What tensors are made of.
 TENSORS = re.compile(

@@ -8,10 +8,10 @@ import torch
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from .gate_losses import GateLoss
-from .gates import Gate
-from .selection import Decision
-from .tokens import TokenMap, region_grid
+from ..tokens.selection import Decision
+from ..tokens.token_map import TokenMap, region_grid
+from .gate import Gate
+from .losses import GateLoss
 
 
 class Gated:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .embedding import PatchRows, patches_at
-from .tokens import TokenMap
+from .token_map import TokenMap
 
 
 def smooth_coarse(grid: Tensor, tokens: TokenMap, sides: Sequence[int]) -> Tensor:

@@ -14,9 +14,9 @@ from mmseg.models.backbones.beit import BEiTTransformerEncoderLayer
 from mmseg.models.backbones.vit import TransformerEncoderLayer
 from torch import Tensor, nn
 
+from ..tokens.positions import Relative, rotate
+from ..tokens.token_map import TokenMap
 from .attention import attend, attend_padded, drop_path
-from .positions import Relative, rotate
-from .tokens import TokenMap
 
 
 class Places(NamedTuple):

@@ -10,9 +10,9 @@ from typing import Dict, List, Tuple
 import torch
 from torch import Tensor, nn
 
+from ..tokens.positions import resample_table
 from . import resampling
 from .layouts import fold_layer_scale, rename
-from .positions import resample_table
 from .resampling import grids_of_regions, resample_positions, resample_relative
 
 PATCH_WEIGHT = 'patch_embed.projection.weight'

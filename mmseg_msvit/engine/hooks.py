@@ -12,10 +12,10 @@ from mmengine.optim import OptimWrapperDict
 from mmseg.registry import HOOKS
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from .inspection import find_msvit
-from .labels import Classes
-from .reading import find_weights, unwrap
-from .whole_models import with_own_vit
+from ..labels import Classes
+from ..measuring.inspection import find_msvit
+from ..weights.reading import find_weights, unwrap
+from ..weights.whole_models import with_own_vit
 
 
 @HOOKS.register_module()
@@ -27,7 +27,7 @@ class ViTWeightsHook(Hook):
 
     Args:
         backbone: the MSViT's name in the model, where there are several and it is not clear which is meant: see
-            :func:`~mmseg_msvit.inspection.find_msvit`.
+            :func:`~mmseg_msvit.measuring.inspection.find_msvit`.
     """
 
     priority = 'HIGH'  # before EMAHook, which copies what is loaded
@@ -59,9 +59,9 @@ class GateLossHook(ViTWeightsHook):
 
     They appear as ``gate.loss_*``. Logged beside them are ``gate.tokens`` (active tokens of an image, a batch's mean),
     and ``gate.coarse_fraction``, ``gate.entropy`` and ``gate.conditionality`` of each level, see
-    :meth:`~mmseg_msvit.selection.Decision.statistics`. It is a forward hook on the model, there from ``before_train``
-    to ``after_train``. Under FSDP the losses' own parameters must be whole by then: let it wrap the blocks
-    (:class:`~mmseg_msvit.blocks.Block`) and not the backbone.
+    :meth:`~mmseg_msvit.tokens.selection.Decision.statistics`. It is a forward hook on the model, there from
+    ``before_train`` to ``after_train``. Under FSDP the losses' own parameters must be whole by then: let it wrap the
+    blocks (:class:`~mmseg_msvit.vit.blocks.Block`) and not the backbone.
 
     A gate that does not learn, and was not told to be ``frozen``, stops the training at its start.
     """
@@ -211,7 +211,7 @@ class TokenMapHook(Hook):
     @master_only
     def _draw(self, runner, step: int) -> None:
         # matplotlib takes a second to import: only who draws waits for it
-        from .visualization import draw_image
+        from ..measuring.visualization import draw_image
 
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         dataset = runner.val_loop.dataloader.dataset

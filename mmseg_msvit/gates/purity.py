@@ -9,11 +9,11 @@ from mmengine.dist import all_reduce, get_world_size
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from .embedding import patchify
-from .gate_losses import GateLoss
-from .labels import IGNORE_INDEX, check_labels, one_class
-from .selection import Decision
-from .tokens import TokenMap
+from ..labels import IGNORE_INDEX, check_labels, one_class
+from ..tokens.embedding import patchify
+from ..tokens.selection import Decision
+from ..tokens.token_map import TokenMap
+from .losses import GateLoss
 
 # Training forwards with labels of one class alone, after which PurityLoss warns.
 ALIKE = 20

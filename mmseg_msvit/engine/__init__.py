@@ -1,0 +1,1 @@
+"""What a runner calls: hooks, and the constructor of an optimizer."""

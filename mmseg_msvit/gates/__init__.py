@@ -1,0 +1,1 @@
+"""Who decides which regions are coarse, and what teaches them."""

@@ -1,0 +1,1 @@
+"""Tokens, multiply-accumulates and pictures of a running model."""

@@ -1,0 +1,1 @@
+"""The vision transformers over packed tokens, and the heads that read tokens."""

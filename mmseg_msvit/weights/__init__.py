@@ -1,0 +1,1 @@
+"""Whose names and grids a checkpoint has, and how its weights come in."""
