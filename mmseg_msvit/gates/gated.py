@@ -2,7 +2,8 @@
 
 import re
 import warnings
-from typing import Dict, List, Optional, Sequence, Tuple, Union
+from typing import ClassVar, Dict, List, Optional, Sequence, Tuple, Union
+from weakref import WeakSet
 
 import torch
 from mmseg.registry import MODELS
@@ -21,6 +22,9 @@ class Gated:
     ``GateLossHook`` collects, it holds all forwards of a step, else the last one.
     """
 
+    # Each is called with (backbone, tokens) at every forward pass of any backbone in evaluation mode, and its begin()
+    # when one is set to that mode. By the class, since an evaluator builds a metric without the model. Held weakly.
+    observers: ClassVar[WeakSet] = WeakSet()
     # Of a module that has not run in training yet; after that each has its own.
     _gated: Sequence[Tuple[Tensor, TokenMap, Decision]] = ()
     _collecting = False

@@ -9,10 +9,10 @@ from mmengine.model.weight_init import trunc_normal_
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from ..macs import linear_weights
 from ..tokens.embedding import area_mean, mean_weights, patchify
 from ..tokens.positions import resample_table
 from ..versions import before_load_state_dict
-from ..vit.blocks import linear_weights
 from ..weights.checkpoint import misshapen
 from ..weights.reading import read_checkpoint, tensors_below
 from .gate import Gate

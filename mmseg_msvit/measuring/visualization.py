@@ -9,10 +9,11 @@ from matplotlib.figure import Figure
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
+from ..gates.deciding import find_msvit
 from ..tokens.selection import Decision
 from ..tokens.token_map import TokenMap
 from ..vit.mixed_scale import MixedScale
-from .inspection import find_msvit, look, seen_size
+from .inspection import look, seen_size
 
 # A panel is at least so many pixels wide, so that the cells of a small image can be told apart.
 PANEL_PIXELS = 480

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..gates.deciding import deciding_by
 from ..gates.doubt import region_doubt
 from ..labels import count_answers
 from ..measuring.flops import add_up
-from ..measuring.inspection import deciding_by
 from ..tokens.embedding import pad_to_regions, patchify, shrink
 from ..tokens.token_map import Grid, region_grid, shrunk_grid
 from .comparison import label_areas, mean_iou, predict

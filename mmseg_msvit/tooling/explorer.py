@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..gates.deciding import as_dense, deciding_by, find_msvit
 from ..measuring.flops import HeadMacs, pass_costs
-from ..measuring.inspection import as_dense, deciding_by, find_msvit, look
+from ..measuring.inspection import look
 from ..measuring.visualization import picture_of, sample_pictures
 from ..tokens.token_map import region_grid
 from .command_line import InputError, about

@@ -19,8 +19,9 @@ from onnxscript import opset20 as ops
 from torch import Tensor, nn
 
 from .. import __version__
+from ..gates.deciding import deciding_by, evaluating, find_msvit
 from ..labels import last_head
-from ..measuring.inspection import deciding_by, evaluating, find_msvit, record_tokens, refuse_passes
+from ..measuring.inspection import record_tokens, refuse_passes
 from ..tokens.embedding import mean_weights
 from .command_line import InputError, first_line
 from .testset import FileReader

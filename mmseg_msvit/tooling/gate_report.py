@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from mmengine.dataset import BaseDataset
 from torch import nn
 
+from ..gates.deciding import find_msvit
 from ..gates.purity import region_purity
 from ..labels import IGNORE_INDEX, Classes, one_class
-from ..measuring.inspection import coarse_regions, find_msvit, look, seen_size
+from ..measuring.inspection import coarse_regions, look, seen_size
 from ..measuring.metrics import summarize
 from ..measuring.visualization import sample_figure
 from .command_line import InputError

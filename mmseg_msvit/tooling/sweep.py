@@ -14,8 +14,9 @@ from mmseg.evaluation import IoUMetric
 from rich.progress import track
 from torch import nn
 
+from ..gates.deciding import deciding_by
 from ..measuring.flops import PLAIN_VITS, HeadMacs, add_up, inference_cost, pass_costs
-from ..measuring.inspection import check_one_pass, deciding_by, record_tokens
+from ..measuring.inspection import check_one_pass, record_tokens
 from ..vit.mixed_scale import MixedScale
 from .command_line import InputError, about
 from .testset import finite, image_path, iou_metric, load_config, load_model, load_testset

@@ -14,6 +14,7 @@ from mmseg.models.backbones.beit import BEiTTransformerEncoderLayer
 from mmseg.models.backbones.vit import TransformerEncoderLayer
 from torch import Tensor, nn
 
+from ..macs import linear_weights
 from ..tokens.positions import Relative, rotate
 from ..tokens.token_map import TokenMap
 from .attention import attend, attend_padded, drop_path
@@ -224,11 +225,6 @@ class SwiGLU(nn.Module):
 def swiglu_width(dims: int, mlp_ratio: float) -> int:
     """The hidden width of a :class:`SwiGLU`."""
     return (int(int(dims * mlp_ratio) * 2 / 3) + 7) // 8 * 8
-
-
-def linear_weights(module: nn.Module) -> int:
-    """Weights of all linear layers in a module: their MACs for one token."""
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
 
 
 def block_of(

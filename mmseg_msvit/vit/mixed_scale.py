@@ -7,8 +7,7 @@ dense grid.
 
 import os
 from functools import partial
-from typing import Callable, ClassVar, Dict, List, Optional, Sequence, Tuple, Union
-from weakref import WeakSet
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -63,10 +62,6 @@ class MixedScale(Gated, TakesWeights):
     Raises:
         ValueError: an argument is out of range; the message names it.
     """
-
-    # Each is called with (backbone, tokens) at every forward pass of any MixedScale in evaluation mode, and its begin()
-    # when one is set to that mode. By the class, since an evaluator builds a metric without the model. Held weakly.
-    observers: ClassVar[WeakSet] = WeakSet()
 
     # For library classes that do not set these themselves.
     with_cls_token = True
