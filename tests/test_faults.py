@@ -18,7 +18,8 @@ from mmseg.registry import MODELS
 from mmseg_msvit.gates.doubt import Teacher
 from mmseg_msvit.tooling.command_line import InputError
 from mmseg_msvit.tooling.dense_pass import find_images
-from mmseg_msvit.tooling.testset import load_model, load_testset
+from mmseg_msvit.tooling.models import load_model
+from mmseg_msvit.tooling.testset import load_testset
 from mmseg_msvit.weights.reading import read_checkpoint
 
 

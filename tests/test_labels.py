@@ -22,7 +22,8 @@ from mmseg_msvit.tooling.comparison import label_areas, mean_iou
 from mmseg_msvit.tooling.dense_pass import Example
 from mmseg_msvit.tooling.export import metadata
 from mmseg_msvit.tooling.gate_report import Analysis
-from mmseg_msvit.tooling.testset import FileReader, load_config, load_model, load_testset
+from mmseg_msvit.tooling.models import load_config, load_model
+from mmseg_msvit.tooling.testset import FileReader, load_testset
 
 
 def recolour(what):

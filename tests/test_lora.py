@@ -16,7 +16,8 @@ from mmpretrain.models import LoRAModel  # noqa: E402, F401
 
 from mmseg_msvit.lora import MSLoRAModel, merge_lora  # noqa: E402
 from mmseg_msvit.measuring.inspection import record_tokens  # noqa: E402
-from mmseg_msvit.tooling.testset import load_config, load_model  # noqa: E402
+from mmseg_msvit.tooling.models import load_config
+from mmseg_msvit.tooling.testset import load_model  # noqa: E402
 
 TARGETS = [dict(type='.*out_proj'), dict(type='.*ffn.layers.1')]
 

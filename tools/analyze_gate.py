@@ -12,7 +12,8 @@ from pathlib import Path
 
 from mmseg_msvit.tooling.command_line import DEVICE, one_line_errors, write_json
 from mmseg_msvit.tooling.gate_report import Analysis, page
-from mmseg_msvit.tooling.testset import iou_options, load_config, load_model, load_testset
+from mmseg_msvit.tooling.models import load_config, load_model
+from mmseg_msvit.tooling.testset import iou_options, load_testset
 
 
 def main() -> None:

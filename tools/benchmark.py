@@ -28,7 +28,7 @@ from mmseg_msvit.measuring.inspection import record_tokens
 from mmseg_msvit.tokens.token_map import region_grid
 from mmseg_msvit.tooling.baselines import dense_forward, first_values, force_gate
 from mmseg_msvit.tooling.command_line import DEVICE, InputError, one_line_errors, positive, print_table, write_json
-from mmseg_msvit.tooling.testset import check_backbone, load_config
+from mmseg_msvit.tooling.models import check_backbone, load_config
 from mmseg_msvit.tooling.timing import in_turns, paired_ratios, peak_memory
 from mmseg_msvit.tooling.toy_scenes import scene
 from mmseg_msvit.vit.mixed_scale import MixedScale

@@ -24,7 +24,8 @@ from mmseg_msvit.measuring.inspection import check_one_pass
 from mmseg_msvit.tooling.baselines import dense_forward
 from mmseg_msvit.tooling.command_line import InputError, about, one_line_errors, positive, print_table
 from mmseg_msvit.tooling.dense_pass import evenly
-from mmseg_msvit.tooling.testset import image_path, iou_metric, load_config, load_model, load_testset
+from mmseg_msvit.tooling.models import load_config, load_model
+from mmseg_msvit.tooling.testset import image_path, iou_metric, load_testset
 from mmseg_msvit.tooling.timing import paired_ratios, timed
 
 

@@ -20,7 +20,8 @@ from werkzeug.serving import make_server
 
 from mmseg_msvit.tooling.command_line import DEVICE, InputError, one_line_errors
 from mmseg_msvit.tooling.explorer import Explorer
-from mmseg_msvit.tooling.testset import FileReader, load_config, load_model, load_testset
+from mmseg_msvit.tooling.models import load_config, load_model
+from mmseg_msvit.tooling.testset import FileReader, load_testset
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = (

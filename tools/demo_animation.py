@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mmseg_msvit.tooling.command_line import InputError, one_line_errors
 from mmseg_msvit.tooling.explorer import Explorer
-from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
+from mmseg_msvit.tooling.models import load_config, load_model
+from mmseg_msvit.tooling.testset import FileReader
 
 FRAMES, MILLISECONDS = 12, 250
 GAP, TEXT = 12, (34, 34, 34)

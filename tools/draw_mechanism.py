@@ -16,7 +16,8 @@ from mmseg_msvit.measuring.inspection import look, seen_size
 from mmseg_msvit.measuring.visualization import draw_tokens, paint_classes, picture_of
 from mmseg_msvit.tokens.token_map import TokenMap
 from mmseg_msvit.tooling.command_line import one_line_errors
-from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
+from mmseg_msvit.tooling.models import load_config, load_model
+from mmseg_msvit.tooling.testset import FileReader
 
 GAP = 2  # pixels between the tokens of the pack
 

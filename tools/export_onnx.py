@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from mmseg_msvit.tooling.command_line import InputError, one_line_errors
-from mmseg_msvit.tooling.testset import load_config, load_model
+from mmseg_msvit.tooling.models import load_config, load_model
 from mmseg_msvit.versions import BEFORE_TORCH_26
 
 

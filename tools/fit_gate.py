@@ -20,19 +20,11 @@ import torch
 from mmseg_msvit.measuring.visualization import draw_image
 from mmseg_msvit.tooling.command_line import DEVICE, InputError, one_line_errors, positive, print_table
 from mmseg_msvit.tooling.comparison import compare
+from mmseg_msvit.tooling.conversion import KINDS, check_out, convert, dense_backbone, write
 from mmseg_msvit.tooling.dense_pass import TARGETS, find_images, gather
-from mmseg_msvit.tooling.gate_fitting import (
-    KINDS,
-    check_out,
-    convert,
-    dense_backbone,
-    find_threshold,
-    fit,
-    gate_logits,
-    shared_size,
-    write,
-)
-from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
+from mmseg_msvit.tooling.gate_fitting import find_threshold, fit, gate_logits, shared_size
+from mmseg_msvit.tooling.models import load_config, load_model
+from mmseg_msvit.tooling.testset import FileReader
 
 
 def main() -> None:

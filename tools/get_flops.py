@@ -20,7 +20,8 @@ from mmseg_msvit.measuring.inspection import check_one_pass
 from mmseg_msvit.measuring.metrics import summarize_costs
 from mmseg_msvit.tokens.token_map import region_grid
 from mmseg_msvit.tooling.command_line import DEVICE, about, one_line_errors, positive, print_table, write_json
-from mmseg_msvit.tooling.testset import image_path, load_config, load_model, load_testset, over_images
+from mmseg_msvit.tooling.models import load_config, load_model
+from mmseg_msvit.tooling.testset import image_path, load_testset, over_images
 from mmseg_msvit.vit.mixed_scale import MixedScale
 
 SHARES = (0, 0.25, 0.5, 0.75, 1)

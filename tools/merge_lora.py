@@ -16,7 +16,7 @@ from mmpretrain.models import LoRAModel
 
 from mmseg_msvit.lora import merge_lora
 from mmseg_msvit.tooling.command_line import InputError, one_line_errors, write_whole
-from mmseg_msvit.tooling.testset import load_config, load_model
+from mmseg_msvit.tooling.models import load_config, load_model
 
 
 def main() -> None:

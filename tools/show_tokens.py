@@ -14,7 +14,8 @@ from rich.progress import track
 
 from mmseg_msvit.measuring.visualization import draw_image
 from mmseg_msvit.tooling.command_line import DEVICE, InputError, about, one_line_errors
-from mmseg_msvit.tooling.testset import FileReader, list_images, load_config, load_model, pair_truth, picture_names
+from mmseg_msvit.tooling.models import load_config, load_model
+from mmseg_msvit.tooling.testset import FileReader, list_images, pair_truth, picture_names
 
 
 def main() -> None:

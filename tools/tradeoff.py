@@ -17,8 +17,9 @@ from pathlib import Path
 from mmengine.config import Config
 
 from mmseg_msvit.tooling.command_line import DEVICE, InputError, claim, digest, one_line_errors, write_json
+from mmseg_msvit.tooling.models import load_config
 from mmseg_msvit.tooling.sweep import Run, curves, draw_curves, measure
-from mmseg_msvit.tooling.testset import load_config, load_testset
+from mmseg_msvit.tooling.testset import load_testset
 
 
 def parse(text: str) -> tuple:

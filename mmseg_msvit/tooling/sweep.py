@@ -19,7 +19,8 @@ from ..measuring.flops import PLAIN_VITS, HeadMacs, add_up, inference_cost, pass
 from ..measuring.inspection import check_one_pass, record_tokens
 from ..vit.mixed_scale import MixedScale
 from .command_line import InputError, about
-from .testset import finite, image_path, iou_metric, load_config, load_model, load_testset
+from .models import load_config, load_model
+from .testset import finite, image_path, iou_metric, load_testset
 from .timing import timed
 
 

@@ -11,10 +11,11 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.runner import IterBasedTrainLoop
 from mmseg.registry import MODELS
 
-from mmseg_msvit.tooling.arena import as_logits, play, score_doubt, score_random, told
+from mmseg_msvit.tooling.conversion import convert
 from mmseg_msvit.tooling.dense_pass import find_images, gather
-from mmseg_msvit.tooling.gate_fitting import convert
-from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
+from mmseg_msvit.tooling.lab.arena import as_logits, play, score_doubt, score_random, told
+from mmseg_msvit.tooling.models import load_config, load_model
+from mmseg_msvit.tooling.testset import FileReader
 
 
 def gathered(dense):
@@ -63,7 +64,19 @@ def rewritten(checkpoint, folder):
 
 @pytest.mark.slow
 def test_the_tool_goes_on_where_it_stopped(dense, tool, tmp_path, capsys):
-    line = ['arena.py', *dense, '--out', tmp_path, '--scales', '16,32', '--budgets', 0.6, '--sizes', 'whole', 'shared']
+    line = [
+        'lab/arena.py',
+        *dense,
+        '--out',
+        tmp_path,
+        '--scales',
+        '16,32',
+        '--budgets',
+        0.6,
+        '--sizes',
+        'whole',
+        'shared',
+    ]
     line += ['--steps', 2, '--fit-images', 3]
     assert tool(*line) is None
     rows = json.loads((tmp_path / 'arena.json').read_text())
@@ -102,7 +115,7 @@ def test_a_model_with_a_gate_is_no_dense_one(dense, tool, tmp_path):
     config = load_config(dense[0])
     config.model.backbone = dict(config.model.backbone, type='MSViT', gate=dict(type='VarianceGate'))
     config.dump(str(tmp_path / 'gated.py'))
-    refused = tool('arena.py', tmp_path / 'gated.py', dense[1], '--out', tmp_path / 'out')
+    refused = tool('lab/arena.py', tmp_path / 'gated.py', dense[1], '--out', tmp_path / 'out')
     assert "gate=dict(type='FixedGate', coarse=False), got one with VarianceGate" in refused
 
 
@@ -110,7 +123,19 @@ def test_a_model_with_a_gate_is_no_dense_one(dense, tool, tmp_path):
 def test_variants_are_trained_and_tested_once(dense, tool, tmp_path, capsys):
     converted, out = tmp_path / 'converted', tmp_path / 'variants'
     assert tool('fit_gate.py', *dense, '--out', converted, '--full-size', '--steps', 2, '--limit', 3) is None
-    line = ['variants.py', *dense, '--converted', converted, '--out', out, '--budget', 0.6, '--crop', 64, '--variants']
+    line = [
+        'lab/variants.py',
+        *dense,
+        '--converted',
+        converted,
+        '--out',
+        out,
+        '--budget',
+        0.6,
+        '--crop',
+        64,
+        '--variants',
+    ]
     names = ['fitted', 'doubt + detail', 'coarse', 'dense']
     assert tool(*line, *names[:2]) is None
     capsys.readouterr()
@@ -144,7 +169,7 @@ def test_a_variant_is_trained_to_its_end_whatever_it_is_loaded_from(config, monk
     config.load_from, steps = f'{config.work_dir}/iter_3.pth', []
     run_iter = IterBasedTrainLoop.run_iter
     monkeypatch.setattr(IterBasedTrainLoop, 'run_iter', lambda self, x: steps.append(self.iter) or run_iter(self, x))
-    train = runpy.run_path(str(ROOT / 'tools/variants.py'))['train']
+    train = runpy.run_path(str(ROOT / 'tools/lab/variants.py'))['train']
     config.train_cfg.max_iters = 4
     for folder, wanted in (('new', [0, 1, 2, 3]), ('stopped', [2, 3])):
         (tmp_path / folder).mkdir()
@@ -162,7 +187,7 @@ def test_a_variants_gate_learns_faster_by_any_constructor(constructor, dense, to
     if constructor:
         with open(tmp_path / 'train.py', 'a') as file:
             file.write(f'optim_wrapper = dict(constructor={constructor!r}, paramwise_cfg=dict(_delete_=True))\n')
-    make = runpy.run_path(str(ROOT / 'tools/variants.py'))['variant_config']
+    make = runpy.run_path(str(ROOT / 'tools/lab/variants.py'))['variant_config']
     config = make(tmp_path, 'doubt', None)
     model = MODELS.build(config.model)
     optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer

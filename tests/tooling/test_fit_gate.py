@@ -18,9 +18,11 @@ from mmseg.registry import MODELS
 
 from mmseg_msvit.gates.doubt import class_shares, region_doubt
 from mmseg_msvit.measuring.inspection import record_tokens
+from mmseg_msvit.tooling.conversion import convert
 from mmseg_msvit.tooling.dense_pass import Window
-from mmseg_msvit.tooling.gate_fitting import between, convert, find_threshold, shared_size
-from mmseg_msvit.tooling.testset import FileReader, load_config
+from mmseg_msvit.tooling.gate_fitting import between, find_threshold, shared_size
+from mmseg_msvit.tooling.models import load_config
+from mmseg_msvit.tooling.testset import FileReader
 from mmseg_msvit.tooling.toy_scenes import scene
 
 DENSE = 'configs/toy/segmenter_vit-mini_mask_1xb8-400_toy-scenes-256x256.py'

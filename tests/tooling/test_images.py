@@ -20,7 +20,8 @@ from mmseg_msvit.measuring.visualization import picture_of
 from mmseg_msvit.tooling import command_line
 from mmseg_msvit.tooling.command_line import InputError, about
 from mmseg_msvit.tooling.explorer import Explorer
-from mmseg_msvit.tooling.testset import SUFFIXES, FileReader, list_images, load_config, load_model, pair_truth
+from mmseg_msvit.tooling.models import load_config, load_model
+from mmseg_msvit.tooling.testset import SUFFIXES, FileReader, list_images, pair_truth
 
 SPLITS = 'train_dataloader', 'val_dataloader', 'test_dataloader'
 

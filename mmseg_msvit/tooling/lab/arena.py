@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..gates.deciding import deciding_by
-from ..gates.doubt import region_doubt
-from ..labels import count_answers
-from ..measuring.flops import add_up
-from ..tokens.embedding import pad_to_regions, patchify, shrink
-from ..tokens.token_map import Grid, region_grid, shrunk_grid
-from .comparison import label_areas, mean_iou, predict
-from .dense_pass import Example, Window, pixels
-from .gate_fitting import find_threshold
+from ...gates.deciding import deciding_by
+from ...gates.doubt import region_doubt
+from ...labels import count_answers
+from ...measuring.flops import add_up
+from ...tokens.embedding import pad_to_regions, patchify, shrink
+from ...tokens.token_map import Grid, region_grid, shrunk_grid
+from ..comparison import label_areas, mean_iou, predict
+from ..dense_pass import Example, Window, pixels
+from ..gate_fitting import find_threshold
 
 # Of each window, of each coarse level, the finest first: (1, hc, wc).
 Scores = List[List[Tensor]]
@@ -138,7 +138,7 @@ def play(
     """Runs the images with the regions coarse whose scores are highest.
 
     Args:
-        model: by :func:`.gate_fitting.convert`.
+        model: by :func:`.conversion.convert`.
         examples: by :func:`.dense_pass.gather`, with labels.
         windows: likewise.
         chooser: its name.
@@ -174,7 +174,7 @@ def smaller(model: nn.Module, examples: Sequence[Example], windows: Sequence[Win
     """The dense model on smaller images, of about so many cells as the budget allows.
 
     Args:
-        model: by :func:`.gate_fitting.convert`.
+        model: by :func:`.conversion.convert`.
         examples: by :func:`.dense_pass.gather`, with labels.
         windows: likewise.
         budget: the share of the dense tokens.

@@ -1,6 +1,6 @@
 """Trains a dense segmentor's twins with mixed-scale tokens in several ways, for as many steps as it, and tests each.
 
-    python tools/variants.py CONFIG CHECKPOINT [CHECKPOINT ...] --converted FOLDER [FOLDER ...] --out variants
+    python tools/lab/variants.py CONFIG CHECKPOINT [CHECKPOINT ...] --converted FOLDER [FOLDER ...] --out variants
 
 CONFIG is that of the dense segmentor, each CHECKPOINT a seed of it, 0, 1 and so on, and each FOLDER what
 tools/fit_gate.py --full-size made of it: its gate is that of the variants "fitted". A variant is trained from the
@@ -24,7 +24,6 @@ from torch.nn import Module
 
 from mmseg_msvit.gates.deciding import as_dense
 from mmseg_msvit.measuring.flops import PLAIN_VITS
-from mmseg_msvit.tooling.arena import dense, play, score_random, smaller
 from mmseg_msvit.tooling.command_line import (
     DEVICE,
     InputError,
@@ -35,11 +34,14 @@ from mmseg_msvit.tooling.command_line import (
     positive,
     write_json,
 )
+from mmseg_msvit.tooling.conversion import dense_backbone
 from mmseg_msvit.tooling.dense_pass import find_test_images, gather
-from mmseg_msvit.tooling.gate_fitting import dense_backbone, gate_logits, shared_size
-from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
+from mmseg_msvit.tooling.gate_fitting import gate_logits, shared_size
+from mmseg_msvit.tooling.lab.arena import dense, play, score_random, smaller
+from mmseg_msvit.tooling.models import load_config, load_model
+from mmseg_msvit.tooling.testset import FileReader
 
-BASE = Path(__file__).parent.parent / 'configs/_base_/msvit.py'
+BASE = Path(__file__).parents[2] / 'configs/_base_/msvit.py'
 CONTEXT = dict(type='ContextGate')
 SHAPING = dict(type='GeneralizedBatchShapingLoss')
 DOUBT = dict(type='DoubtLoss')

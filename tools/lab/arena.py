@@ -1,6 +1,6 @@
 """Compares ways of choosing coarse regions for trained dense segmentors, with nothing retrained.
 
-    python tools/arena.py CONFIG CHECKPOINT [CHECKPOINT ...] --out arena --scales 14,28 14,28,56
+    python tools/lab/arena.py CONFIG CHECKPOINT [CHECKPOINT ...] --out arena --scales 14,28 14,28,56
 
 Each CHECKPOINT, a seed, runs once over the images of training, from which gates are fitted without labels and with
 them, and once over the test set; then each chooser at each budget runs over the test set, on whole images, and on such
@@ -19,7 +19,6 @@ import torch
 from matplotlib.figure import Figure
 
 from mmseg_msvit.measuring.flops import PLAIN_VITS
-from mmseg_msvit.tooling.arena import CHOOSERS, dense, play, smaller
 from mmseg_msvit.tooling.command_line import (
     DEVICE,
     claim,
@@ -30,9 +29,12 @@ from mmseg_msvit.tooling.command_line import (
     write_json,
     write_whole,
 )
+from mmseg_msvit.tooling.conversion import convert, dense_backbone
 from mmseg_msvit.tooling.dense_pass import find_images, find_test_images, gather
-from mmseg_msvit.tooling.gate_fitting import convert, dense_backbone, fit, gate_logits, shared_size
-from mmseg_msvit.tooling.testset import FileReader, load_config, load_model
+from mmseg_msvit.tooling.gate_fitting import fit, gate_logits, shared_size
+from mmseg_msvit.tooling.lab.arena import CHOOSERS, dense, play, smaller
+from mmseg_msvit.tooling.models import load_config, load_model
+from mmseg_msvit.tooling.testset import FileReader
 from mmseg_msvit.weights.whole_models import OF_GATES
 
 # Fitted gates: name -> kind of gate, and what it is fitted to.
