@@ -182,17 +182,15 @@ class TokenSelector(nn.Module):
         Raises:
             FloatingPointError: a logit is NaN or infinite. Names the training iteration, where there is one.
         """
-        logits, soft, coarse = [], [], []  # coarsest first
-        left = None
-        for level in range(len(self.sides) - 1, 0, -1):
+
+        def decide(level, left):
             answer = gates[level - 1](region_grid(grid, self.sides[level]), left)  # (B, hc, wc)
-            learning = self.training and answer.requires_grad
-            m, chosen = self._decide(answer, learning)
+            m, chosen = self._decide(answer, self.training and answer.requires_grad)
             chosen = chosen if left is None else chosen & left
-            logits.append(answer)
-            soft.append(m)
-            coarse.append(chosen)
-            left = self._inside(~chosen if left is None else left & ~chosen, grid, level)
+            return (answer, m, chosen), ~chosen if left is None else left & ~chosen
+
+        decided, left = self._descend(decide, None, grid)
+        logits, soft, coarse = map(list, zip(*decided))  # coarsest first
         learning = self.training and any(answer.requires_grad for answer in logits)
         if self.token_budget is not None and not self.training:
             *coarse, left = self._within_budget(logits, grid)
@@ -259,10 +257,25 @@ class TokenSelector(nn.Module):
         m = logits.sigmoid()
         return m, m > self.threshold
 
-    def _inside(self, regions: Tensor, grid: Grid, level: int) -> Tensor:
-        """Values of a level's regions at the places of the next finer level."""
-        finer = self.sides[level - 1]
-        return over_cells(regions, region_grid(grid, finer), self.sides[level] // finer)
+    def _descend(self, step: Callable, state: Optional[Tensor], grid: Grid) -> Tuple[list, Tensor]:
+        """The one walk over the levels, from the coarsest down.
+
+        Args:
+            step: takes a level and the state at its regions, (B, hc, wc), to what is to be kept of it, and to the state
+                that is inside of these regions.
+            state: at the coarsest level's regions.
+            grid: (h, w).
+
+        Returns:
+            What is kept of each coarse level, the coarsest first, and the state at the cells, (B, h, w).
+        """
+        kept = []
+        for level in range(len(self.sides) - 1, 0, -1):
+            found, state = step(level, state)
+            kept.append(found)
+            finer = self.sides[level - 1]
+            state = over_cells(state, region_grid(grid, finer), self.sides[level] // finer)
+        return kept, state
 
     def _in_order(self, levels: List[Tensor]) -> Tensor:
         """Values of all levels, coarsest first, and ones for the prefix, in the order of the candidates: (B, T)."""
@@ -271,10 +284,12 @@ class TokenSelector(nn.Module):
 
     def _soft_values(self, soft: List[Tensor], grid: Grid) -> List[Tensor]:
         """A token's soft value: its own m times 1 - m of each coarser one around it; a fine token has no m."""
-        values, reach = [], torch.ones_like(soft[0])
-        for level, m in zip(range(len(soft), 0, -1), soft):
-            values.append(reach * m)
-            reach = self._inside(reach * (1 - m), grid, level)
+
+        def reach_in(level, reach):
+            m = soft[-level]
+            return reach * m, reach * (1 - m)
+
+        values, reach = self._descend(reach_in, torch.ones_like(soft[0]), grid)
         return values + [reach]
 
     def _within_budget(self, logits: List[Tensor], grid: Grid) -> List[Tensor]:
@@ -302,15 +317,17 @@ class TokenSelector(nn.Module):
         never = (size == 1).split([level[0].numel() for level in logits])
         # With the first k coarse, a region is a token from k > begin on and until k > end, when it is part of a coarser
         # one; a cell from the first.
-        end = torch.full_like(logits[0], regions, dtype=torch.long)
+        places = place.split([level.numel() for level in logits])
+
+        def span(level, end):
+            begin = torch.where(never[-level], regions, places[-level].view(images, -1)).view(end.shape)
+            return (begin, end), torch.minimum(begin, end)
+
+        spans, end = self._descend(span, torch.full_like(logits[0], regions, dtype=torch.long), grid)
         change = order.new_zeros(regions + 1)  # of the number of tokens, from k to k + 1
-        spans = []
-        for level, p, n in zip(range(len(logits), 0, -1), place.split([level.numel() for level in logits]), never):
-            begin = torch.where(n, regions, p.view(images, -1)).view(end.shape)
-            spans.append((begin, end))
-            lives = (begin < end).long().flatten()
-            change = change.index_add(0, begin.flatten(), lives).index_add(0, end.flatten(), -lives)
-            end = self._inside(torch.minimum(begin, end), grid, level)
+        for begin, until in spans:
+            lives = (begin < until).long().flatten()
+            change = change.index_add(0, begin.flatten(), lives).index_add(0, until.flatten(), -lives)
         change = change.index_add(0, end.flatten(), -torch.ones_like(end.flatten()))
         counts = end.numel() + change.cumsum(0) - change  # (regions + 1,), of the first k coarse
         k = (counts[:-1] > images * fine).sum()
