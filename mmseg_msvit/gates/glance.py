@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modes import in_evaluation
-from ..tokens.selection import uniform_tokens
+from ..tokens.candidates import uniform_tokens
 from ..tokens.token_map import Grid, region_grid
 from .gate import Gate
 

@@ -7,8 +7,8 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from ..gates.gate import CERTAIN
+from ..tokens.candidates import uniform_tokens
 from ..tokens.embedding import pad_to_regions
-from ..tokens.selection import uniform_tokens
 from ..tokens.token_map import Grid, PackedTokens, TokenMap
 from ..vit.mixed_scale import MixedScale
 

@@ -16,10 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from ..gates.gate import ask
 from ..gates.gated import Gated
 from ..gates.glance import glance
+from ..tokens.candidates import candidate_number
 from ..tokens.embedding import CoarseDetail, PatchRows, add_detail, candidate_patches, pad_to_regions, shrink
 from ..tokens.out_detail import ZeroLinear, add_out_detail, smooth_coarse
 from ..tokens.positions import table_positions
-from ..tokens.selection import Decision, TokenSelector, candidate_number, raise_not_finite
+from ..tokens.selection import Decision, TokenSelector, raise_not_finite
 from ..tokens.token_map import Grid, PackedTokens, TokenMap, region_grid
 from ..tokens.tracing import traced
 from ..weights.checkpoint import ADDED

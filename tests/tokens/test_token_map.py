@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmseg_msvit.tokens.selection import TokenSelector, uniform_tokens
+from mmseg_msvit.tokens.candidates import uniform_tokens
+from mmseg_msvit.tokens.selection import TokenSelector
 from mmseg_msvit.tokens.token_map import over_cells
 
 grids = st.tuples(st.integers(1, 7), st.integers(1, 7))
