@@ -91,8 +91,7 @@ class Classes(NamedTuple):
             ValueError: it is no label map, of another size, or has ids that are of no class.
         """
         labels = check_labels(labels, size)
-        found = np.unique(labels)
-        beyond = [i for i in found.tolist() if not 0 <= i < len(self.names) and i not in (IGNORE_INDEX, *self.ignored)]
+        beyond = [i for i in ids_in(labels) if not 0 <= i < len(self.names) and i not in (IGNORE_INDEX, *self.ignored)]
         if beyond:
             shown = ', '.join(map(str, beyond[:5])) + (', ...' if len(beyond) > 5 else '')
             void = ' or '.join(map(str, sorted({IGNORE_INDEX, *self.ignored})))
@@ -106,6 +105,14 @@ class Classes(NamedTuple):
         if 'gt_sem_seg' not in sample:
             return None
         return self.read(sample.gt_sem_seg.data.cpu().numpy(), sample.ori_shape[:2])
+
+
+def ids_in(labels: np.ndarray) -> List[int]:
+    """The ids of a label map in order, as ``np.unique`` gives them, without sorting all pixels."""
+    low = int(labels.min())
+    if int(labels.max()) - low > 2**16:
+        return np.unique(labels).tolist()
+    return (low + np.flatnonzero(np.bincount((labels.astype(np.int64) - low).ravel()))).tolist()
 
 
 def check_labels(labels: Union[np.ndarray, Tensor], size: Sequence[int]) -> Union[np.ndarray, Tensor]:

@@ -16,7 +16,7 @@ from mmseg.registry import HOOKS, MODELS
 from mmseg.structures import SegDataSample
 from PIL import Image
 
-from mmseg_msvit.labels import Classes, check_heads, one_class
+from mmseg_msvit.labels import Classes, check_heads, ids_in, one_class
 from mmseg_msvit.tooling.command_line import InputError
 from mmseg_msvit.tooling.comparison import label_areas, mean_iou
 from mmseg_msvit.tooling.dense_pass import Example
@@ -171,6 +171,14 @@ def test_labels_that_cannot_teach_purity_are_told_of(void, config, copied, tool,
         f'--target labels: wanted labels that tell regions apart, but {why}', tool(*fit, '--target', 'labels')
     )
     assert tool(*fit) is None  # the model's own doubt needs none
+
+
+def test_ids_are_those_that_sorting_finds():
+    rng = np.random.default_rng(0)
+    for labels in (
+        rng.integers(0, 256, (9, 7), np.uint8), rng.integers(-3, 9, (9, 7)), np.array([[0, 10**7, 5]]), np.array([[4]]),
+    ):  # fmt: skip
+        assert ids_in(labels) == np.unique(labels).tolist()
 
 
 def test_one_class_is_said_of_labels_alone():

@@ -217,7 +217,7 @@ class TokenMapHook(Hook):
         dataset = runner.val_loop.dataloader.dataset
         evaluator = getattr(runner.val_loop, 'evaluator', None)
         ignored = [m.ignore_index for m in getattr(evaluator, 'metrics', ()) if hasattr(m, 'ignore_index')]
-        classes = Classes.of(model.decode_head, dataset.metainfo, *ignored[:1])
+        classes = Classes.of(getattr(model, 'decode_head', {}), dataset.metainfo, *ignored[:1])
         device = next(model.parameters()).device
         with torch.random.fork_rng([device] if device.type == 'cuda' else []):
             for i in self.indices:

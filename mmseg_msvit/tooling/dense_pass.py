@@ -15,7 +15,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from ..gates.doubt import class_shares
-from ..labels import IGNORE_INDEX, one_class
+from ..labels import IGNORE_INDEX, ids_in, one_class
 from ..measuring.inspection import check_one_pass
 from ..tokens.token_map import Grid
 from .command_line import InputError, about
@@ -124,7 +124,7 @@ def gather(
         if target == 'labels':
             if labels is None:
                 raise InputError(f'--target labels: wanted labels of each image, got none of {path}')
-            ids.update(np.unique(labels).tolist())
+            ids.update(ids_in(labels))
         with about(path):
             if not examples:
                 check_one_pass(model, data)

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..gates.deciding import find_msvit
 from ..gates.purity import region_purity
-from ..labels import IGNORE_INDEX, Classes, one_class
+from ..labels import IGNORE_INDEX, Classes, ids_in, one_class
 from ..measuring.inspection import coarse_regions, look, seen_size
 from ..measuring.metrics import summarize
 from ..measuring.visualization import sample_figure
@@ -67,7 +67,7 @@ class Analysis:
         truth = self.classes.read_sample(data['data_samples'])
         if truth is None:
             raise InputError('test set: wanted truth for each image, got a pipeline that loads none')
-        self.labels.update(np.unique(truth).tolist())
+        self.labels.update(ids_in(truth))
         sample, tokens, decision = look(self.model, data)
         patch, region = self.backbone.patch_size, self.backbone.scales[1]
         height, width = seen_size(self.backbone, tokens, sample)  # the truth keeps its own size
