@@ -41,7 +41,7 @@ def check_heads(model: nn.Module) -> None:
                 f'decode_head.out_channels: wanted {head.num_classes}, as many as num_classes, got '
                 f'{head.out_channels}: {type(head).__name__} has a logit for each class, whatever it says'
             )
-    if heads[-1].out_channels == 1 and isinstance(model.decode_head, nn.ModuleList):
+    if getattr(heads[-1], 'out_channels', None) == 1 and isinstance(model.decode_head, nn.ModuleList):
         raise ValueError(
             'decode_head: wanted a last head of at least two logits, got out_channels=1: a cascade of mmseg has no '
             'threshold to turn one logit into a class'

@@ -24,10 +24,14 @@ class MSLoRAModel(LoRAModel):
                 parameter.requires_grad_(True)
 
     def state_dict(self, *, destination=None, prefix='', keep_vars=False):
-        found = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        # LoRAModel throws out all that is not LoRA's, also what others have put there: it gets a dict of its own.
+        found = super().state_dict(prefix=prefix, keep_vars=keep_vars)
         own = self.module.state_dict(keep_vars=keep_vars)
         found.update({f'{prefix}module.{name}': own[name] for name in own if name.startswith(ADDED)})
-        return found
+        if destination is None:
+            return found
+        destination.update(found)
+        return destination
 
 
 def merge_lora(model: nn.Module) -> nn.Module:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import build_runner, hooked, randomize, sample, tiny_segmentor, write_model
 from mmengine.config import Config, ConfigDict
+from mmengine.model import ExponentialMovingAverage
 from mmseg.registry import HOOKS, MODELS
 from torch import nn
 
@@ -16,8 +17,7 @@ from mmpretrain.models import LoRAModel  # noqa: E402, F401
 
 from mmseg_msvit.lora import MSLoRAModel, merge_lora  # noqa: E402
 from mmseg_msvit.measuring.inspection import record_tokens  # noqa: E402
-from mmseg_msvit.tooling.models import load_config
-from mmseg_msvit.tooling.testset import load_model  # noqa: E402
+from mmseg_msvit.tooling.models import load_config, load_model  # noqa: E402
 
 TARGETS = [dict(type='.*out_proj'), dict(type='.*ffn.layers.1')]
 
@@ -160,3 +160,10 @@ def test_a_lora_trains_resumes_and_is_merged(config, tool, tmp_path):
         out = ('--out', tmp_path / 'out') if command == 'fit_gate.py' else ()
         assert tool(command, path, tmp_path / 'lora.pth', *out).endswith(advice), command
     assert Config.fromfile(tmp_path / 'merged/config.py').model.backbone.type == 'mmseg.MSViT'
+
+
+def test_what_others_have_put_into_a_state_dict_stays():
+    """LoRAModel throws it out: the steps of averaged weights, and all modules that come before the backbone."""
+    model = MODELS.build(in_lora(tiny_segmentor()))
+    assert 'steps' in ExponentialMovingAverage(model).state_dict()
+    assert {'a.b', 'v.module.gate.embed.weight'} <= set(model.backbone.state_dict(destination={'a.b': 1}, prefix='v.'))

@@ -18,7 +18,7 @@ from rich.progress import track
 
 NOTES = (
     'classes', 'palette', 'mean', 'std', 'bgr_to_rgb', 'size_divisor', 'pad_val', 'resize', 'threshold', 'token_budget',
-    'binary_threshold', 'read',
+    'binary_threshold',
 )  # fmt: skip
 # What OpenCV reads.
 SUFFIXES = (
@@ -39,7 +39,9 @@ def load(path):
     notes = session.get_modelmeta().custom_metadata_map
     if not set(NOTES) <= set(notes) or session.get_outputs()[-1].name != 'tokens_used':
         raise SystemExit(f'MODEL.onnx: wanted a file of tools/export_onnx.py, got {path} without its metadata')
-    return session, {name: json.loads(notes[name]) for name in NOTES}
+    found = {name: json.loads(notes[name]) for name in NOTES}
+    # Of a file from before it was written there, it was this.
+    return session, {**found, 'read': json.loads(notes.get('read', '{"color": "color", "backend": "cv2"}'))}
 
 
 def choose_knob(session, notes, threshold, tokens):

@@ -23,7 +23,7 @@ CHECKED = 100
 def predict(model: nn.Module, examples: Sequence[Example], title: str) -> Iterator[Tuple[Example, Tensor, dict]]:
     """What the converted model makes of images, in the segmentor's own inference: example, (H, W) class ids, costs."""
     for example in track(examples, title):
-        file = example.data['data_samples'].img_path
+        file = example.data['data_samples'].get('img_path', 'an image')
         with about(file), torch.no_grad(), record_tokens(model) as seen:
             (sample,) = model.test_step(pseudo_collate([deepcopy(example.data)]))
         costs = add_up([image for tokens, _ in seen for image in pass_costs(model.backbone, tokens)])

@@ -70,7 +70,7 @@ class Explorer:
             InputError: it is no picture.
         """
         with TemporaryDirectory() as folder:
-            path = Path(folder) / f'image{self.reader.dataset.img_suffix}'
+            path = Path(folder) / f'image{getattr(self.reader.dataset, "img_suffix", "")}'
             path.write_bytes(image)
             try:
                 data = self.reader.load(path)

@@ -178,7 +178,8 @@ class FileReader:
         image, size = data['img_path'], tuple(data['ori_shape'])
         if truth is not None:
             data['seg_map_path'] = str(truth)
-        for transform in self.transforms[data.pop('loaded') + 1 :]:
+        loaded = data.pop('loaded')
+        for number, transform in enumerate(self.transforms):
             if isinstance(transform, LoadAnnotations):
                 if truth is None:
                     continue
@@ -187,7 +188,7 @@ class FileReader:
                 with _truth_as_wanted(image, truth):
                     check_labels(data['gt_seg_map'], size)
                     check_depth(truth)
-            else:
+            elif number > loaded:
                 with _reading('image: wanted a picture', image):
                     data = transform(data)
         with about(image):
