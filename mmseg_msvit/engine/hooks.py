@@ -119,7 +119,7 @@ class GateLossHook(ViTWeightsHook):
                 why = 'no group of the optimizer that has a learning rate has a parameter of it: see paramwise_cfg'
             if why:
                 raise ValueError(
-                    f'GateLossHook wanted a {type(gate).__name__} that learns, got one that this training leaves as it '
+                    f'GateLossHook wanted the {type(gate).__name__} to learn, got one that this training leaves as it '
                     f'is: {why}. For a gate that is to stay as it is set frozen=True in its config'
                 )
 

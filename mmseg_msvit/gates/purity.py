@@ -83,7 +83,10 @@ class PurityLoss(GateLoss):
             if why is None:
                 self._begun = ALIKE
             elif self._begun == ALIKE:
-                warnings.warn(f'PurityLoss teaches the gate to be coarse everywhere: {why}', stacklevel=2)
+                warnings.warn(
+                    f'PurityLoss teaches the gate to be coarse everywhere: in the first {ALIKE} steps {why}',
+                    stacklevel=2,
+                )
 
 
 def region_purity(

@@ -242,7 +242,7 @@ def optimizer_of(parameters, **options):
 def test_a_gate_that_was_frozen_unawares_stops_the_training_at_its_start():
     model = segmentor().train()
     model.backbone.requires_grad_(False)
-    with pytest.raises(ValueError, match='a MLPGate that learns, .* requires a gradient: .* set frozen=True'):
+    with pytest.raises(ValueError, match='the MLPGate to learn, .* requires a gradient: .* set frozen=True'):
         hooked(model)
     model.backbone.gate.requires_grad_(True)  # as the message says
     hooked(model)
@@ -256,7 +256,7 @@ def test_a_gate_that_was_frozen_unawares_stops_the_training_at_its_start():
     hook, runner = HOOKS.build(dict(type='GateLossHook')), SimpleNamespace(model=later, iter=0)
     hook.before_train(runner)
     later.train()
-    with pytest.raises(ValueError, match='a MLPGate that learns'):
+    with pytest.raises(ValueError, match='the MLPGate to learn'):
         hook.before_train_iter(runner, 0)
 
 
