@@ -11,7 +11,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmseg.registry import DATASETS, MODELS
 
-from mmseg_msvit.gates.deciding import find_msvit
+from mmseg_msvit.gates.from_outside import find_msvit
 
 CONFIGS = [path.relative_to(ROOT) for path in sorted((ROOT / 'configs').rglob('*.py'))]
 # Classification has a test file of its own.

@@ -10,7 +10,7 @@ from mmseg.models.backbones import BEiT, VisionTransformer
 from safetensors.torch import load_file
 
 from mmseg_msvit import load_backbone, loading, pass_costs, record_tokens
-from mmseg_msvit.gates.deciding import deciding_by
+from mmseg_msvit.gates.from_outside import deciding_by
 from mmseg_msvit.measuring.inspection import coarse_regions
 
 FINE = dict(gate=dict(type='FixedGate'))

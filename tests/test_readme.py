@@ -12,7 +12,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.runner.checkpoint import load_state_dict
 from mmseg.registry import MODELS
 
-from mmseg_msvit.gates.deciding import find_msvit
+from mmseg_msvit.gates.from_outside import find_msvit
 from mmseg_msvit.weights.whole_models import load_segmentor
 
 PAGES = ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))

@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmseg.registry import MODELS
 
-from mmseg_msvit.gates.deciding import find_msvit
+from mmseg_msvit.gates.from_outside import find_msvit
 
 SHIPPED = Path(mmseg.__file__).parent / '.mim/configs'
 # SAN's image encoder does not pad (patch_pad=0), so that its grid is rounded down; MSViT's covers every pixel. With

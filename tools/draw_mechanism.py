@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from mmseg_msvit.gates.deciding import find_msvit
+from mmseg_msvit.gates.from_outside import find_msvit
 from mmseg_msvit.measuring.inspection import look, seen_size
 from mmseg_msvit.measuring.visualization import draw_tokens, paint_classes, picture_of
 from mmseg_msvit.tokens.token_map import TokenMap

@@ -12,7 +12,7 @@ from mmengine.optim import OptimWrapperDict
 from mmseg.registry import HOOKS
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from ..gates.deciding import find_msvit
+from ..gates.from_outside import find_msvit
 from ..labels import Classes
 from ..weights.reading import find_weights, unwrap
 from ..weights.whole_models import with_own_vit
@@ -27,7 +27,7 @@ class ViTWeightsHook(Hook):
 
     Args:
         backbone: the MSViT's name in the model, where there are several and it is not clear which is meant: see
-            :func:`~mmseg_msvit.gates.deciding.find_msvit`.
+            :func:`~mmseg_msvit.gates.from_outside.find_msvit`.
     """
 
     priority = 'HIGH'  # before EMAHook, which copies what is loaded

@@ -6,7 +6,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmseg.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-from ..gates.deciding import find_msvit
+from ..gates.from_outside import find_msvit
 from ..vit.mixed_scale import MixedScale
 from ..weights.checkpoint import GATES
 

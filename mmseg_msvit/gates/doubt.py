@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..tokens.selection import Decision
 from ..tokens.token_map import TokenMap
 from ..weights.whole_models import load_segmentor
-from .deciding import as_dense, evaluating
+from .from_outside import as_dense, evaluating
 from .losses import ShareLoss, gather_batch
 
 # Nats: where most regions have no doubt at all, as in labels, it is the least that counts as some.

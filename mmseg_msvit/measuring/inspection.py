@@ -9,7 +9,7 @@ from mmengine.dataset import pseudo_collate
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from ..gates.deciding import evaluating, find_msvit
+from ..gates.from_outside import evaluating, find_msvit
 from ..tokens.selection import Decision
 from ..tokens.token_map import TokenMap, shrunk_grid
 from ..vit.mixed_scale import MixedScale

@@ -95,7 +95,7 @@ class TokenMetric(BaseMetric):
     inference and all views of test-time augmentation count as the image's. Under a sampler that repeats images to fill
     the last batch, or on several ranks, each image counts once. An evaluation begins where the model is set to
     evaluation mode, as every loop does first: what was left before does not count. Predictions of your own in the
-    middle of one would: make them inside :func:`~mmseg_msvit.gates.deciding.evaluating`.
+    middle of one would: make them inside :func:`~mmseg_msvit.gates.from_outside.evaluating`.
 
     Results, for ``tokens`` (cls token included) and ``encoder_gmacs`` (the blocks alone, as the paper counts, and not
     what a gate runs of them): ``_mean``, ``_p5``, ``_p50``, ``_p95``, and ``_of_dense``, the sum over the sum of the

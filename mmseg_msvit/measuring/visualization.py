@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from ..gates.deciding import find_msvit
+from ..gates.from_outside import find_msvit
 from ..tokens.selection import Decision
 from ..tokens.token_map import TokenMap
 from ..vit.mixed_scale import MixedScale

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..gates.deciding import as_dense, deciding_by, find_msvit
+from ..gates.from_outside import as_dense, deciding_by, find_msvit
 from ..measuring.flops import HeadMacs, pass_costs
 from ..measuring.inspection import look
 from ..measuring.visualization import picture_of, sample_pictures

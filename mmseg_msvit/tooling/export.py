@@ -19,7 +19,7 @@ from onnxscript import opset20 as ops
 from torch import Tensor, nn
 
 from .. import __version__
-from ..gates.deciding import deciding_by, evaluating, find_msvit
+from ..gates.from_outside import deciding_by, evaluating, find_msvit
 from ..labels import last_head
 from ..measuring.inspection import record_tokens, refuse_passes
 from ..tokens.embedding import mean_weights

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from mmengine.dataset import BaseDataset
 from torch import nn
 
-from ..gates.deciding import find_msvit
+from ..gates.from_outside import find_msvit
 from ..gates.purity import region_purity
 from ..labels import IGNORE_INDEX, Classes, ids_in, one_class
 from ..measuring.inspection import coarse_regions, look, seen_size

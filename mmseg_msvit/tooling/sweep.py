@@ -14,7 +14,7 @@ from mmseg.evaluation import IoUMetric
 from rich.progress import track
 from torch import nn
 
-from ..gates.deciding import deciding_by
+from ..gates.from_outside import deciding_by
 from ..measuring.flops import PLAIN_VITS, HeadMacs, add_up, inference_cost, pass_costs
 from ..measuring.inspection import check_one_pass, record_tokens
 from ..vit.mixed_scale import MixedScale

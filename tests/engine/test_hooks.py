@@ -10,7 +10,7 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmseg.registry import HOOKS, METRICS, MODELS
 
 from mmseg_msvit import MSViT
-from mmseg_msvit.gates.deciding import evaluating, find_msvit
+from mmseg_msvit.gates.from_outside import evaluating, find_msvit
 from mmseg_msvit.measuring.inspection import record_tokens
 from mmseg_msvit.vit.mixed_scale import MixedScale
 

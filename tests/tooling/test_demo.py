@@ -12,7 +12,7 @@ from conftest import ROOT, randomize, tiny_segmentor
 from mmseg.registry import MODELS
 from PIL import Image
 
-from mmseg_msvit.gates.deciding import as_dense
+from mmseg_msvit.gates.from_outside import as_dense
 from mmseg_msvit.measuring.inspection import look
 from mmseg_msvit.tooling.command_line import InputError
 from mmseg_msvit.tooling.explorer import Explorer

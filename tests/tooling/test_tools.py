@@ -18,7 +18,7 @@ from mmengine.config import Config
 from mmseg.registry import MODELS
 from PIL import Image
 
-from mmseg_msvit.gates.deciding import deciding_by
+from mmseg_msvit.gates.from_outside import deciding_by
 from mmseg_msvit.measuring.flops import HeadMacs
 from mmseg_msvit.tooling.command_line import InputError
 from mmseg_msvit.tooling.testset import FileReader, pair_truth, picture_names

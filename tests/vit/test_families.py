@@ -8,7 +8,7 @@ from conftest import force_random_logits, no_noise, randomize, use_plain_attenti
 from mmseg.registry import MODELS
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmseg_msvit.gates.deciding import as_dense
+from mmseg_msvit.gates.from_outside import as_dense
 from mmseg_msvit.measuring.flops import dense_macs
 from mmseg_msvit.tokens.token_map import PackedTokens
 from mmseg_msvit.tooling.baselines import dense_forward

@@ -22,7 +22,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 from torch.nn import Module
 
-from mmseg_msvit.gates.deciding import as_dense
+from mmseg_msvit.gates.from_outside import as_dense
 from mmseg_msvit.measuring.flops import PLAIN_VITS
 from mmseg_msvit.tooling.command_line import (
     DEVICE,

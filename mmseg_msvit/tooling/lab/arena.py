@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...gates.deciding import deciding_by
 from ...gates.doubt import region_doubt
+from ...gates.from_outside import deciding_by
 from ...labels import count_answers
 from ...measuring.flops import add_up
 from ...tokens.embedding import pad_to_regions, patchify, shrink
