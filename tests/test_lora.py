@@ -15,6 +15,7 @@ pytest.importorskip('mmpretrain')
 
 from mmpretrain.models import LoRAModel  # noqa: E402, F401
 
+from mmseg_msvit import load_backbone  # noqa: E402
 from mmseg_msvit.lora import MSLoRAModel, merge_lora  # noqa: E402
 from mmseg_msvit.measuring.inspection import record_tokens  # noqa: E402
 from mmseg_msvit.tooling.models import load_config, load_model  # noqa: E402
@@ -73,6 +74,9 @@ def test_what_a_lora_has_saved_is_loaded_again(kind, pretrained):
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(images), model.eval()(images))
+
+    with pytest.raises(ValueError, match='LoRA: merge it first, by tools/merge_lora.py'):
+        load_backbone(saved)
 
     lacking = dict(saved)
     lacking.pop('backbone.module.layers.0.ffn.layers.1.lora_up.weight')

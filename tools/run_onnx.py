@@ -145,7 +145,11 @@ def main():
         if picture.shape[2] != len(notes['mean']) or not np.isfinite(picture).all():
             skipped.append(f'image: wanted {len(notes["mean"])} bands of finite numbers, got others in {path}')
             continue
-        classes, tokens = predict(session, knob, picture, notes)
+        try:
+            classes, tokens = predict(session, knob, picture, notes)
+        except Exception as error:  # ONNX Runtime has many
+            skipped.append(f'image: wanted one that the file can run, got {path}: {str(error).splitlines()[0]}')
+            continue
         overlay = cv2.addWeighted(shown(picture), 0.5, palette[classes][..., ::-1], 0.5, 0)
         cv2.imwrite(str(args.out / f'{path.name}.png'), overlay)
         shares = np.bincount(classes.flatten(), minlength=len(notes['classes'])) / classes.size

@@ -205,9 +205,10 @@ def _choose(tensors: Dict[str, Tensor]) -> Tuple[Layout, str]:
     found = vits_among(tensors)
     if not found:
         names = ', '.join(dict.fromkeys(layout.name for layout in LAYOUTS))
+        lora = '. LoRA: merge it first, by tools/merge_lora.py' if any('.lora_' in name for name in tensors) else ''
         raise ValueError(
             f'checkpoint: wanted a ViT in the layout of {names} or AugReg, got {len(tensors)} tensors '
-            f'such as {sorted(tensors)[:4]}'
+            f'such as {sorted(tensors)[:4]}{lora}'
         )
     averaged = [(layout, prefix) for layout, prefix in found if set(AVERAGED) & set(prefix.split('.'))]
     for candidates in (found, averaged):
