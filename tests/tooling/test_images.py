@@ -9,7 +9,6 @@ from copy import deepcopy
 import cv2
 import numpy as np
 import pytest
-import tifffile
 import torch
 from conftest import ROOT, build_runner, write_model
 from mmseg.models import EncoderDecoder
@@ -23,6 +22,8 @@ from mmseg_msvit.tooling.explorer import Explorer
 from mmseg_msvit.tooling.models import load_config, load_model
 from mmseg_msvit.tooling.testset import SUFFIXES, FileReader, list_images, pair_truth
 
+tifffile = pytest.importorskip('tifffile')
+of_sixteen_bits = pytest.mark.skipif(not hasattr(torch, 'uint16'), reason='torch before 2.3 has no uint16')
 SPLITS = 'train_dataloader', 'val_dataloader', 'test_dataloader'
 
 
@@ -56,6 +57,7 @@ def tiffs(config, folder, bands, count=2, dtype=np.uint16, most=4095):
 
 
 @pytest.mark.slow
+@of_sixteen_bits
 @pytest.mark.parametrize('bands', [1, 12])
 def test_bands_of_sixteen_bits_go_through_every_tool(bands, config, tool, tmp_path):
     folder = tmp_path / 'scenes'
@@ -96,6 +98,7 @@ def test_bands_of_sixteen_bits_go_through_every_tool(bands, config, tool, tmp_pa
     assert (found == sample.pred_sem_seg.data[0].numpy()).mean() > 0.999
 
 
+@of_sixteen_bits
 @pytest.mark.parametrize(
     'bands, said', [(1, '0 to 4094'), (4, 'bands 3, 2, 1 of 4, 0 to 40'), (12, 'bands 3, 2, 1 of 12')]
 )
@@ -112,6 +115,7 @@ def test_the_demo_sees_what_the_pipeline_sees(bands, said, config, tmp_path):
     assert said in explorer.look(file.read_bytes(), 'budget', 0.5)['shown']
 
 
+@of_sixteen_bits
 def test_the_demo_makes_large_images_of_many_bands_smaller(config, tmp_path, monkeypatch):
     monkeypatch.setattr('mmseg_msvit.tooling.explorer.LONGEST', 56)
     config = tiffs(config, tmp_path / 'scenes', 12, 1)
@@ -122,6 +126,7 @@ def test_the_demo_makes_large_images_of_many_bands_smaller(config, tmp_path, mon
     assert opened.prediction.shape == (48, 56)
 
 
+@of_sixteen_bits
 def test_pictures_are_stretched_where_pixels_have_not_eight_bits():
     def ramp(low, high, dtype):
         return torch.linspace(low, high, 256, dtype=torch.float64).to(dtype).view(1, 16, 16).expand(3, -1, -1)
@@ -220,6 +225,7 @@ class TwoScales(EncoderDecoder):
         return tuple(a + nn.functional.interpolate(b, a.shape[2:]) for a, b in zip(whole, half))
 
 
+@of_sixteen_bits
 @pytest.mark.parametrize('kind, bands', [(Siamese, 6), (TwoScales, 3)])
 def test_a_backbone_that_runs_twice_on_an_image_is_said_to_be_before_any_long_work(kind, bands, config, tool, tmp_path):
     registered = MODELS.register_module(name=kind.__name__, module=kind, force=True)
