@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -15,6 +16,7 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.registry import HOOKS, MODELS
 from mmseg.structures import SegDataSample
 from PIL import Image
+from torch import nn
 
 from mmseg_msvit.labels import Classes, check_heads, ids_in, one_class
 from mmseg_msvit.tooling.command_line import InputError
@@ -243,6 +245,15 @@ def test_heads_of_one_logit_and_of_two(head, classes, channels, config):
             with torch.no_grad():
                 deployed = of_export('Deployed')(model, False, True)(image, torch.tensor(0.5))[0][0]
             assert torch.equal(deployed, ids.to(torch.uint8))
+
+
+def test_a_point_head_is_deaf_too():
+    point = dict(type='PointHead', in_channels=[32], in_index=[0], channels=8, num_fcs=1, norm_cfg=None)
+    more = dict(num_classes=2, out_channels=1, threshold=0.4)
+    heads = nn.ModuleList(MODELS.build({**head, **more}) for head in (FCN, point))
+    assert heads[1].fc_seg.out_channels == 2
+    with pytest.raises(ValueError, match='got 1: PointHead has a logit for each class, whatever it says'):
+        check_heads(SimpleNamespace(decode_head=heads))
 
 
 def test_mmsegs_head_that_is_deaf_to_its_config_is_refused_by_tools(config, tool, tmp_path):
