@@ -72,9 +72,10 @@ class Classes(NamedTuple):
         """
         head = last_head(decode_head)
         of_head = head.get if isinstance(head, dict) else partial(getattr, head)
-        names = [str(name) for name in metainfo.get('classes') or ()]
+        classes, palette = (() if metainfo.get(name) is None else metainfo[name] for name in ('classes', 'palette'))
+        names = [str(name) for name in classes]
         names += [str(i) for i in range(len(names), count_answers(head))]
-        palette = [[int(value) for value in colour] for colour in metainfo.get('palette') or ()][: len(names)]
+        palette = [[int(value) for value in colour] for colour in palette][: len(names)]
         colours = np.random.RandomState(42).randint(0, 255, (len(names), 3)).tolist()  # as BaseSegDataset makes them
         untrained = of_head('ignore_index', IGNORE_INDEX)
         beyond = {untrained} if untrained >= len(names) else set()

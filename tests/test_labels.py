@@ -129,7 +129,7 @@ def test_names_and_colours_are_mmsegs_own_where_there_are_none():
     assert Classes.of(dict(num_classes=3), dict(classes=('a', 'b', 'c'))).palette == given['palette']
     names, palette, _ = Classes.of(dict(num_classes=3), dict(classes=None, palette=[]))
     assert names == ['0', '1', '2'] and palette == given['palette']
-    names, palette, _ = Classes.of(dict(num_classes=3), dict(classes=['road'], palette=[(1, 2, 3)]))
+    names, palette, _ = Classes.of(dict(num_classes=3), dict(classes=['road'], palette=np.array([(1, 2, 3)])))
     assert names == ['road', '1', '2'] and palette[0] == [1, 2, 3] and len(palette) == 3
     assert Classes.of(dict(num_classes=1, out_channels=1), dict(classes=['crack'])).names == ['crack', '1']
 

@@ -16,7 +16,7 @@ from .gated import Gated
 def find_msvit(model: nn.Module, name: Optional[str] = None) -> Gated:
     """The backbone of a model that has tokens of several scales: an MSViT, MSBEiT or MSMAE.
 
-    Of several, as in a distillation, the one whose gate learns is meant, or else the segmentor's own ``backbone``.
+    Of several, as in a distillation, the segmentor's own ``backbone`` is meant, or else the one whose gate learns.
 
     Args:
         model: perhaps in a wrapper for several processes.
@@ -36,7 +36,7 @@ def find_msvit(model: nn.Module, name: Optional[str] = None) -> Gated:
         raise ValueError('the model must have an MSViT backbone, got none')
     learning = [module for module in found.values() if module.gate_learns]
     own = [module for path, module in found.items() if path == 'backbone']
-    for candidates in (list(found.values()), learning, own):
+    for candidates in (list(found.values()), own, learning):
         if len(candidates) == 1:
             return candidates[0]
     raise ValueError(

@@ -105,7 +105,7 @@ def export_onnx(model: nn.Module, budget: bool = False, classes: bool = False) -
     # Nothing here is 1 or a whole number of regions: what holds of this image holds of others.
     height, width = (n * region + backbone.patch_size // 2 for n in (2, 3))
     mean = getattr(model.data_preprocessor, 'mean', None)
-    channels = backbone.in_channels if mean is None else mean.numel()
+    channels = backbone.in_channels if mean is None or mean.numel() == 1 else mean.numel()
     example = torch.randn(2, channels, height, width), torch.tensor(20.0 if budget else 0.5)
     some = torch.export.Dim.DYNAMIC
     try:
@@ -198,8 +198,8 @@ def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
     found = dict(
         classes=reader.classes.names,
         palette=reader.classes.palette,
-        mean=pixels.mean.flatten().tolist() if normalised else [0.0] * channels,
-        std=pixels.std.flatten().tolist() if normalised else [1.0] * channels,
+        mean=pixels.mean.flatten().expand(channels).tolist() if normalised else [0.0] * channels,
+        std=pixels.std.flatten().expand(channels).tolist() if normalised else [1.0] * channels,
         bgr_to_rgb=bool(given.get('bgr_to_rgb') or given.get('rgb_to_bgr')),
         size_divisor=(pixels.test_cfg or {}).get('size_divisor') or 1,
         pad_val=pixels.pad_val,

@@ -214,6 +214,8 @@ def test_of_two_msvits_the_one_whose_gate_learns_is_meant():
     model.student.teacher = model.teacher  # a segmentor with its teacher in it
     model.student.backbone.gate.requires_grad_(False)
     assert find_msvit(model.student) is model.student.backbone
+    model.teacher.backbone = segmentor().backbone  # whose gate could learn, and is only asked
+    assert find_msvit(model.student) is model.student.backbone
 
     both = Distiller(segmentor(), segmentor()).train()
     message = r"got \['student.backbone', 'teacher.backbone'\]: name the one .* backbone='student.backbone'\)"
