@@ -8,7 +8,7 @@ import json
 import tempfile
 from copy import deepcopy
 from pathlib import Path
-from typing import Dict, Tuple
+from typing import Dict, List, Tuple
 
 import onnx
 import torch
@@ -198,8 +198,8 @@ def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
     found = dict(
         classes=reader.classes.names,
         palette=reader.classes.palette,
-        mean=pixels.mean.flatten().expand(channels).tolist() if normalised else [0.0] * channels,
-        std=pixels.std.flatten().expand(channels).tolist() if normalised else [1.0] * channels,
+        mean=_of_channels(pixels.mean, channels) if normalised else [0.0] * channels,
+        std=_of_channels(pixels.std, channels) if normalised else [1.0] * channels,
         bgr_to_rgb=bool(given.get('bgr_to_rgb') or given.get('rgb_to_bgr')),
         size_divisor=(pixels.test_cfg or {}).get('size_divisor') or 1,
         pad_val=pixels.pad_val,
@@ -214,6 +214,11 @@ def metadata(model: nn.Module, config: Config) -> Dict[str, str]:
         versions=dict(mmseg_msvit=__version__, torch=torch.__version__),
     )
     return {name: json.dumps(value) for name, value in found.items()}
+
+
+def _of_channels(values: torch.Tensor, channels: int) -> List[float]:
+    """A value for each channel: a single one is that of all, as it is when images are normalised."""
+    return (values.flatten().tolist() * channels)[: max(channels, values.numel())]
 
 
 def _can_be_told(load: LoadImageFromFile) -> bool:
