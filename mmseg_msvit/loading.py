@@ -15,7 +15,7 @@ from .vit.beit import MSMAE, MSBEiT
 from .vit.blocks import swiglu_width
 from .vit.mixed_scale import MixedScale
 from .vit.msvit import MSViT
-from .weights.checkpoint import PATCH_WEIGHT, fit
+from .weights.checkpoint import GATES, PATCH_WEIGHT, fit
 from .weights.layouts import rename
 from .weights.reading import read_checkpoint, tensors_below
 from .weights.resampling import grids_of_regions, source_grid
@@ -79,6 +79,12 @@ def load_backbone(checkpoint: Union[str, os.PathLike, dict], prefix: str = '', *
     fitted, report = fit(
         backbone, tensors, resample_patch='patch_size' in options, repeat_channels='in_channels' in options
     )
+    new = [name for name in report.initial if name.startswith(GATES)]
+    if new and 'gate' not in options and arguments['gate']['type'] != 'VarianceGate':
+        raise ValueError(
+            f'scales: wanted as many levels as the checkpoint has gates for, got {backbone.scales}, for which it lacks '
+            f'{", ".join(new[:4])}; give gate=... for other gates'
+        )
     backbone.load_state_dict(fitted, strict=False)
     print_log(str(report), logger='current', level=logging.DEBUG)
     return backbone.eval()

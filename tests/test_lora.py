@@ -78,6 +78,16 @@ def test_what_a_lora_has_saved_is_loaded_again(kind, pretrained):
     with pytest.raises(ValueError, match='LoRA: merge it first, by tools/merge_lora.py'):
         load_backbone(saved)
 
+    more = in_lora(
+        tiny_segmentor(gate=dict(type='ContextGate'), coarse_embed='resize+detail'), kind, init_cfg=pretrained
+    )
+    more.auxiliary_head = dict(more.decode_head, in_index=0)
+    model = MODELS.build(more)  # with more than was saved: that keeps its first values
+    checkpoint = dict(state_dict=dict(saved))
+    HOOKS.build(dict(type='ViTWeightsHook')).after_load_checkpoint(SimpleNamespace(model=model), checkpoint)
+    missing = model.load_state_dict(checkpoint['state_dict'], strict=False).missing_keys
+    assert not any('.lora_' in name or name.startswith('decode_head') for name in missing)
+
     lacking = dict(saved)
     lacking.pop('backbone.module.layers.0.ffn.layers.1.lora_up.weight')
     for source in (lacking, weights):  # mmpretrain alone would leave all of the dense model's out, without a word
@@ -128,7 +138,11 @@ def test_the_gate_learns_along_unless_it_is_frozen(pretrained):
 
 @pytest.mark.slow
 def test_a_lora_trains_resumes_and_is_merged(config, tool, tmp_path):
-    config.model = in_lora(config.model)
+    dense = MODELS.build(config.model)
+    randomize(dense)
+    torch.save(dense.state_dict(), tmp_path / 'dense.pth')
+    pretrained = dict(type='Pretrained', checkpoint=str(tmp_path / 'dense.pth'), prefix='backbone.')
+    bare, config.model = deepcopy(config.model), in_lora(config.model, init_cfg=pretrained)
     config.default_hooks.checkpoint.interval = 2
     runner = build_runner(config)
     runner.train()
@@ -143,9 +157,8 @@ def test_a_lora_trains_resumes_and_is_merged(config, tool, tmp_path):
     loaded = load_config(path)
     torch.manual_seed(0)
     model = trained(MODELS.build(loaded.model))
-    # The ViT is not in the checkpoint: here it has no pretrained weights, which two builds of one seed share.
+    # The ViT is not in the checkpoint.
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'lora.pth')
-    torch.manual_seed(0)
     assert tool('merge_lora.py', path, tmp_path / 'lora.pth', '--out', tmp_path / 'merged') is None
     assert isinstance(model.backbone, MSLoRAModel)
     merged = load_config(str(tmp_path / 'merged/config.py'))
@@ -154,6 +167,9 @@ def test_a_lora_trains_resumes_and_is_merged(config, tool, tmp_path):
     with torch.no_grad(), record_tokens(merged) as seen:
         torch.testing.assert_close(merged(images), model.eval()(images))
     assert len(seen) == 1
+    lost, _ = write_model(Config(dict(config.to_dict(), model=in_lora(bare))), tmp_path, 'lost')
+    end = tool('merge_lora.py', lost, tmp_path / 'lora.pth', '--out', tmp_path / 'random')
+    assert 'the ViT would be a random one' in end and not (tmp_path / 'random').exists()
     end = tool('merge_lora.py', path, tmp_path / 'lora.pth', '--out', tmp_path / 'merged')
     assert end == f'--out: wanted a new folder, got {tmp_path}/merged, which is there'
     with pytest.raises(ValueError, match='wanted a backbone in a LoRAModel, got MSViT'):

@@ -17,6 +17,7 @@ from mmpretrain.models import LoRAModel
 from mmseg_msvit.lora import merge_lora
 from mmseg_msvit.tooling.command_line import InputError, one_line_errors, write_whole
 from mmseg_msvit.tooling.models import load_config, load_model
+from mmseg_msvit.weights.reading import read_checkpoint, unwrap
 
 
 def main() -> None:
@@ -28,7 +29,17 @@ def main() -> None:
     if args.out.exists():
         raise InputError(f'--out: wanted a new folder, got {args.out}, which is there')
     config = load_config(args.config)
-    model = merge_lora(load_model(config, args.checkpoint, 'cpu', LoRAModel))
+    model = load_model(config, args.checkpoint, 'cpu', LoRAModel)
+    whole = unwrap(read_checkpoint(args.checkpoint))
+    if 'Pretrained' not in str(model.backbone.module.init_cfg) and not any(
+        '.original_layer.' in name for name in whole
+    ):
+        raise InputError(
+            'CONFIG: wanted the weights that the LoRA was trained on, which are not in its checkpoint, by '
+            "module=dict(init_cfg=dict(type='Pretrained', checkpoint=...)) in the backbone, got init_cfg="
+            f'{model.backbone.module.init_cfg}: the ViT would be a random one'
+        )
+    model = merge_lora(model)
     vit = {**config.model.backbone.module, '_delete_': True}
     for name in ('init_cfg', 'pretrained'):  # the checkpoint has these weights
         vit.pop(name, None)

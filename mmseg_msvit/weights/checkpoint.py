@@ -3,6 +3,7 @@
 :mod:`.reading` gets tensors out of a file, :mod:`.layouts` gives them their names here, :mod:`.resampling` other grids.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Dict, List, Tuple
@@ -19,6 +20,8 @@ PATCH_WEIGHT = 'patch_embed.projection.weight'
 # What gates and their losses have on the grid of regions.
 REGION_GRIDS = r'(gate|coarser_gates\.\d+)\.pos_embed|gate_losses\.\d+\.prior_\w+'
 GATES = ('gate.', 'coarser_gates.')
+# What gates have on pixels: linear layers on a region's, flat, and convolutions.
+GATE_PIXELS = r'(gate|coarser_gates\.\d+)\.(embed|patch)\.weight'
 # Tensors that a backbone may have of its own; the rest is the library's ViT, which a checkpoint must fit.
 ADDED = (*GATES, 'gate_losses.', 'coarse_detail.', 'coarser_details.', 'out_details.')
 # Starts of names: a tensor there that the source has and the backbone has not would change every feature.
@@ -210,6 +213,35 @@ def _advice(wrong: Dict[str, str]) -> List[str]:
     return ['embed_dims'] if 'embed_dims' in advice else list(dict.fromkeys(advice))
 
 
+def _gate_of(name: str) -> str:
+    """The name of the gate, with a dot, that a tensor is of."""
+    return re.match(r'gate\.|coarser_gates\.\d+\.', name)[0]
+
+
+def _fit_pixels(
+    tensors: Dict[str, Tensor],
+    name: str,
+    own: Tensor,
+    channels: Tuple[int, int],
+    resample_patch: bool,
+    repeat_channels: bool,
+) -> str:
+    """Brings what lies on pixels, in place, to other patches and channels, where this is asked; says what was done."""
+    before, after = channels
+    flat = tensors[name].ndim == 2  # (C', channels * R * R)
+    sides = [math.isqrt(weight.shape[1] // n) for weight, n in ((tensors[name], before), (own, after))]
+    weight = tensors[name].unflatten(1, (before, sides[0], sides[0])) if flat else tensors[name]
+    new, done = (2 * sides[1:] if flat else own.shape[2:]), []
+    if resample_patch and weight.shape[2:] != torch.Size(new):
+        done.append('{}x{} -> {}x{} pixels'.format(*weight.shape[2:], *new))
+        weight = resampling.resample_patch(weight, new)
+    if repeat_channels and before != after:
+        done.append(f'{before} -> {after} channels')
+        weight = resampling.repeat_channels(weight, after)
+    tensors[name] = weight.flatten(1) if flat else weight
+    return ', '.join(done)
+
+
 def fit(
     backbone: nn.Module,
     tensors: Dict[str, Tensor],
@@ -224,14 +256,15 @@ def fit(
     Args:
         backbone: of any family.
         tensors: of a file.
-        resample_patch: whether a patch embedding of another patch size is resampled, by the function of that name.
+        resample_patch: whether a patch embedding of another patch size is resampled, by the function of that name, and
+            likewise what a gate has on pixels.
         trained: whether they are this very model's, whose positions are on its grid even where another library has
             named them; pretrained ones are on squares.
         repeat_channels: whether one for other channels is adapted, likewise.
 
     Raises:
-        ValueError: one of the ViT's tensors is missing, of another shape, or finds no place; or positions' grid cannot
-            be told.
+        ValueError: one of the ViT's tensors is missing, of another shape, or finds no place; a gate's tensor is of
+            another shape; or positions' grid cannot be told.
     """
     layout, renamed, others = rename(tensors)
     report = Report(layout, unused=others)
@@ -240,19 +273,23 @@ def fit(
     if folded:
         report.resized[f'{folded} layer scales'] = 'are folded into the projections before them'
     renamed = backbone.to_own_names(renamed)
-    if resample_patch and PATCH_WEIGHT in renamed:
-        old, new = renamed[PATCH_WEIGHT].shape[2:], target[PATCH_WEIGHT].shape[2:]
-        if old != new:
-            renamed[PATCH_WEIGHT] = resampling.resample_patch(renamed[PATCH_WEIGHT], new)
-            report.resized[PATCH_WEIGHT] = '{}x{} -> {}x{} pixels'.format(*old, *new)
-    if repeat_channels and PATCH_WEIGHT in renamed:
-        old, new = renamed[PATCH_WEIGHT].shape[1], target[PATCH_WEIGHT].shape[1]
-        if old != new:
-            renamed[PATCH_WEIGHT] = resampling.repeat_channels(renamed[PATCH_WEIGHT], new)
-            before = f'{report.resized[PATCH_WEIGHT]}, ' if PATCH_WEIGHT in report.resized else ''
-            report.resized[PATCH_WEIGHT] = f'{before}{old} -> {new} channels'
+    if PATCH_WEIGHT in renamed:
+        channels = renamed[PATCH_WEIGHT].shape[1], target[PATCH_WEIGHT].shape[1]
+        for name in [name for name in renamed if name == PATCH_WEIGHT or re.fullmatch(GATE_PIXELS, name)]:
+            if name in target:
+                how = _fit_pixels(renamed, name, target[name], channels, resample_patch, repeat_channels)
+                report.resized.update({name: how} if how else {})
     report.resized.update(adapt(backbone, renamed, square=not trained and layout != 'mmseg'))
     report.misshapen = misshapen(backbone, renamed)
+    unfit = {_gate_of(name) for name in report.misshapen if name.startswith(GATES)}
+    if unfit and backbone.gate.init_cfg is None:  # else it gets its weights there
+        gates = {name: how for name, how in report.misshapen.items() if name.startswith(GATES)}
+        raise ValueError(
+            f'checkpoint: wanted the gate of this very backbone, got {"; ".join(listed(gates, 4))}. Leave scales, '
+            'patch_size and in_channels as they were, or set resample_patch=True or repeat_channels=True in init_cfg, '
+            'or give the gate weights of its own by gate=dict(init_cfg=...); for a new gate delete the tensors below '
+            f'{", ".join(sorted(unfit))} from the file'
+        )
     fitted = {}
     for name, tensor in renamed.items():
         if name not in target:

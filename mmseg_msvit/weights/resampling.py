@@ -152,14 +152,15 @@ def repeat_channels(weight: Tensor, channels: int) -> Tensor:
 def resample_patch(weight: Tensor, size: Grid) -> Tensor:
     """A patch embedding for patches of another size, whose tokens stay as they are when patches are magnified.
 
-    w' = pinv(B^T) w, where B resizes an old patch to a new one (FlexiViT, Beyer et al. 2023).
+    w' = pinv(B^T) w, where B resizes an old patch to a new one (FlexiViT, Beyer et al. 2023): rows, and columns.
 
     Args:
         weight: (C, channels, p, p).
         size: of the new patches.
     """
-    old = weight.shape[2:]
-    unit = torch.eye(math.prod(old), dtype=torch.float64).view(-1, 1, *old)
-    resize = F.interpolate(unit, size=tuple(size), mode='bilinear', antialias=True).flatten(1).T  # (new, old)
-    resampled = weight.double().flatten(2) @ torch.linalg.pinv(resize)  # (C, channels, new)
-    return resampled.unflatten(2, tuple(size)).to(weight.dtype)
+    units = [torch.eye(old, dtype=torch.float64)[None, None] for old in weight.shape[2:]]
+    resized = [
+        F.interpolate(e, size=(new, len(e[0, 0])), mode='bilinear', antialias=True) for e, new in zip(units, size)
+    ]
+    rows, columns = (torch.linalg.pinv(each[0, 0]) for each in resized)  # (old, new)
+    return (rows.T @ weight.double() @ columns).to(weight.dtype)

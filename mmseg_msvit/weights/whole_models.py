@@ -62,16 +62,18 @@ def with_own_vit(
     Raises:
         ValueError: the ViT is not of the backbone's architecture.
     """
+    (name,) = (name for name, module in model.named_modules() if module is backbone)
     if backbone.has_replaced_layers:
-        lacks = sorted(model.state_dict().keys() - tensors.keys())
-        if not lacks:  # what the model itself saves, which may be a part of it
+        added = tuple(f'{name}.{each}' for each in ADDED)
+        own = (key for key in model.state_dict() if key.startswith(f'{name}.') and not key.startswith(added))
+        lacks = sorted(set(own) - tensors.keys())
+        if not lacks:  # what the model itself saves of its ViT, which may be a part of it
             return dict(tensors), None
         raise ValueError(
             'checkpoint: wanted what this very model saves, since layers of its ViT were replaced, as by LoRA; got one '
             f'without {", ".join(lacks[:4])}. The weights of the ViT as it was before come by '
             "module=dict(init_cfg=dict(type='Pretrained', checkpoint=..., prefix='backbone.'))"
         )
-    (name,) = (name for name, module in model.named_modules() if module is backbone)
     own = dict(tensors)
     report = translate(backbone, own, f'{name}.')
     if report is not None:

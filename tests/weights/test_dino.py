@@ -14,7 +14,7 @@ from timm.models.eva import checkpoint_filter_fn as read_dinov3
 from timm.models.vision_transformer import checkpoint_filter_fn as read_dinov2
 
 from mmseg_msvit import load_backbone
-from mmseg_msvit.weights.checkpoint import fit
+from mmseg_msvit.weights.checkpoint import GATES, fit
 from mmseg_msvit.weights.resampling import resample_patch
 
 pytest.importorskip('transformers')
@@ -366,3 +366,40 @@ def test_each_output_is_normed_as_transformers_backbone_norms_it(tmp_path):
     assert torch.equal(plain[1], found[1]) and not torch.allclose(plain[0], found[0], atol=0.1)
     with pytest.raises(ValueError, match='norm_outputs=True wants final_norm=True'):
         msvit(**{**V2, 'final_norm': False}, norm_outputs=True)
+
+
+@pytest.mark.parametrize('gate', ['MLPGate', 'ContextGate'])
+@pytest.mark.parametrize('scales', [(14, 28), (14, 28, 56)])
+def test_a_trained_gate_goes_along_to_other_channels_and_patches(gate, scales, tmp_path):
+    """A grey image has the answers that it has as a coloured one, and no tensor of a gate is left to chance."""
+    source = random(msvit(**{**V2, 'scales': scales, 'gate': dict(type=gate)})).eval()
+    torch.save(source.state_dict(), tmp_path / 'vit.pth')
+    init = dict(type='Pretrained', checkpoint=str(tmp_path / 'vit.pth'), repeat_channels=True)
+    one = msvit(**{**V2, 'scales': scales, 'gate': dict(type=gate)}, in_channels=1, init_cfg=init)
+    one.init_weights()
+    grey = torch.randn(1, 1, 112, 112)
+    for model in (one.eval(), load_backbone(source.state_dict(), in_channels=1, num_heads=2)):
+        wanted, got = source.tokenize(grey.expand(-1, 3, -1, -1))[2].logits, model.tokenize(grey)[2].logits
+        assert len(got) == len(scales) - 1
+        for a, b in zip(got, wanted):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    larger = load_backbone(source.state_dict(), patch_size=16, num_heads=2).state_dict()
+    for name, tensor in source.state_dict().items():
+        if name.startswith(GATES) and tensor.shape == larger[name].shape:
+            torch.testing.assert_close(larger[name], tensor)
+        elif name.endswith('embed.weight') and name.startswith(GATES):
+            old, new = (weight.unflatten(1, (3, -1)).shape[2] ** 0.5 for weight in (tensor, larger[name]))
+            wanted = resample_patch(tensor.unflatten(1, (3, int(old), int(old))), (int(new), int(new))).flatten(1)
+            torch.testing.assert_close(larger[name], wanted)
+
+
+def test_a_trained_gate_that_does_not_fit_is_refused(tmp_path):
+    source = random(msvit(**{**V2, 'gate': dict(type='MLPGate')}))
+    with pytest.raises(ValueError, match=r'wanted the gate .* gate\.embed\.weight \(.*\), wanted \('):
+        load_backbone(source.state_dict(), scales=(14, 56), num_heads=2)
+    with pytest.raises(ValueError, match='scales: wanted as many levels as the checkpoint has gates for, got'):
+        load_backbone(source.state_dict(), scales=(14, 28, 56), num_heads=2)
+    torch.save(source.state_dict(), tmp_path / 'vit.pth')
+    init = dict(type='Pretrained', checkpoint=str(tmp_path / 'vit.pth'))
+    with pytest.raises(ValueError, match=r'delete the tensors below gate\. from the file'):
+        msvit(**{**V2, 'scales': (14, 56), 'gate': dict(type='MLPGate')}, init_cfg=init).init_weights()
