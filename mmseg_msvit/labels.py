@@ -4,11 +4,13 @@ All tools and hooks read label maps by :class:`Classes`, and so refuse the same 
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Any, Collection, FrozenSet, List, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
 from mmseg.models.decode_heads import PointHead, SegmenterMaskTransformerHead
 from mmseg.structures import SegDataSample
+from PIL import Image
 from torch import Tensor, nn
 
 # What mmseg calls a pixel that is of no class.
@@ -101,11 +103,19 @@ class Classes(NamedTuple):
             )
         return np.where(np.isin(labels, list(self.ignored)), IGNORE_INDEX, labels).astype(np.uint8)
 
-    def read_sample(self, sample: SegDataSample) -> Optional[np.ndarray]:
-        """:meth:`read` of what a test pipeline has packed; None where it has loaded no labels."""
+    def read_sample(self, sample: SegDataSample, resized: bool = False) -> Optional[np.ndarray]:
+        """:meth:`read` of what a test pipeline has packed; None where it has loaded no labels.
+
+        Args:
+            sample: of the image.
+            resized: whether the labels may be of the size that the pipeline has given the image.
+        """
         if 'gt_sem_seg' not in sample:
             return None
-        return self.read(sample.gt_sem_seg.data.cpu().numpy(), sample.ori_shape[:2])
+        check_depth(sample.get('seg_map_path'))
+        labels = sample.gt_sem_seg.data.cpu().numpy()
+        along = resized and labels.shape[-2:] == tuple(sample.img_shape[:2])
+        return self.read(labels, (sample.img_shape if along else sample.ori_shape)[:2])
 
 
 def ids_in(labels: np.ndarray) -> List[int]:
@@ -134,6 +144,27 @@ def check_labels(labels: Union[np.ndarray, Tensor], size: Sequence[int]) -> Unio
     if shape != tuple(size):
         raise ValueError(f'labels: wanted class ids of the size of the image, {tuple(size)}, got {shape}')
     return labels
+
+
+def check_depth(file: Union[str, Path, None]) -> None:
+    """Refuses a file of class ids that mmseg, which keeps eight bits of each, would read as others.
+
+    Args:
+        file: of any kind; what is no file here, or none that pillow reads, is taken as it is.
+
+    Raises:
+        ValueError: it has ids of more than eight bits.
+    """
+    if file is None or not Path(file).is_file():
+        return
+    try:
+        with Image.open(file) as picture:
+            deep = picture.mode.startswith(('I', 'F'))
+            most = np.asarray(picture).max() if deep else 0
+    except OSError:
+        return
+    if most > 255:
+        raise ValueError(f'labels: wanted class ids of 8 bits, of which mmseg reads no more, got {most:g} and less')
 
 
 def one_class(ids: Collection[int]) -> Optional[str]:

@@ -21,7 +21,7 @@ from torch import nn
 from mmseg_msvit.labels import Classes, check_heads, ids_in, one_class
 from mmseg_msvit.tooling.command_line import InputError
 from mmseg_msvit.tooling.comparison import label_areas, mean_iou
-from mmseg_msvit.tooling.dense_pass import Example
+from mmseg_msvit.tooling.dense_pass import Example, find_images
 from mmseg_msvit.tooling.gate_report import Analysis
 from mmseg_msvit.tooling.models import load_config, load_model
 from mmseg_msvit.tooling.testset import FileReader, load_testset
@@ -122,6 +122,49 @@ def test_ids_of_more_than_eight_bits_are_refused(config, scenes, tmp_path):
     Image.fromarray(ids).save(tmp_path / 'large.png')
     with pytest.raises(InputError, match='large.png .* wanted class ids of 8 bits, .* got 256 and less'):
         FileReader(config).read(image, tmp_path / 'large.png')
+
+
+@pytest.mark.parametrize('what', ['deep', 'junk'])
+def test_labels_of_a_data_set_are_refused_like_those_of_a_file(what, config, copied, tool, tmp_path):
+    """Sixteen bits are cut modulo 256 by mmseg, and of what OpenCV cannot read it takes an attribute of None."""
+    config.visualizer.vis_backends = []
+    loading = [step for step in config.test_dataloader.dataset.pipeline if step.type == 'LoadAnnotations']
+    loading[0].imdecode_backend = 'cv2'
+    config.val_dataloader = config.test_dataloader
+    model = write_model(config, tmp_path)
+    path = copied / 'annotations/val/0001.png'
+    if what == 'deep':
+        Image.fromarray(cv2.imread(str(path), cv2.IMREAD_UNCHANGED).astype(np.uint16) + 256).save(path)
+        said = 'wanted class ids of 8 bits'
+    else:
+        path.write_bytes(b'junk')
+        said = 'annotations/val/0001.png, which cannot be read: '
+    out = '--out', tmp_path / 'out'
+    ends = {
+        'analyze_gate': tool('analyze_gate.py', *model, '--device', 'cpu'),
+        'tradeoff': tool('tradeoff.py', f'a={model[0]},{model[1]}', '--thresholds', 0.5, *out, '--device', 'cpu'),
+    }
+    for name, end in ends.items():
+        assert said in (end or '') and '0001.png' in end and '\n' not in end, (name, end)
+    if what == 'deep':
+        with pytest.raises(ValueError, match='TokenMapHook cannot draw .*0001.png: labels: wanted class ids of 8 bits'):
+            HOOKS.build(dict(type='TokenMapHook', indices=(1,))).before_train(build_runner(config))
+
+
+def test_training_labels_are_read_by_the_rules_of_their_own_data_set(config, copied):
+    """Not by the test set's, which may count its classes in another way."""
+    train = config.train_dataloader.dataset
+    plain = cv2.imread(str(copied / 'annotations/train/0000.png'), cv2.IMREAD_UNCHANGED)
+    reduced = np.where((plain == 0) | (plain == 255), 255, plain - 1)
+    reader = FileReader(config)
+    for reduce_zero_label, wanted in ((True, reduced), (False, plain)):
+        members = [{**train, 'reduce_zero_label': reduce_zero_label}] * 2
+        config.train_dataloader.dataset = dict(type='ConcatDataset', datasets=members)
+        images, truths = find_images(config, None, 100)
+        assert len(images) == 12
+        for i in (0, 6):
+            assert (reader.read(images[i], truths[i])[1] == wanted).all()
+        assert (reader.read(images[0], truths[0].path)[1] == plain).all()  # by the test set's
 
 
 def test_names_and_colours_are_mmsegs_own_where_there_are_none():
@@ -282,3 +325,4 @@ def test_a_sample_has_the_truth_of_the_image_before_it_was_resized():
         sample.gt_sem_seg = PixelData(data=torch.zeros(1, 8, 12, dtype=torch.long))
     with pytest.raises(ValueError, match=r'size of the image, \(4, 6\), got \(8, 12\)'):
         classes.read_sample(sample)
+    assert classes.read_sample(sample, resized=True).shape == (8, 12)

@@ -25,7 +25,7 @@ from mmseg_msvit.tooling.baselines import dense_forward
 from mmseg_msvit.tooling.command_line import InputError, about, one_line_errors, positive, print_table
 from mmseg_msvit.tooling.dense_pass import evenly
 from mmseg_msvit.tooling.models import load_config, load_model
-from mmseg_msvit.tooling.testset import image_path, iou_metric, load_testset
+from mmseg_msvit.tooling.testset import image_path, iou_metric, load_testset, read_image
 from mmseg_msvit.tooling.timing import paired_ratios, timed
 
 
@@ -82,8 +82,8 @@ def main() -> None:
     for turn, i in enumerate(track([chosen[0], *chosen], 'images')):  # the first once more, to warm up
         with about(image_path(dataset, i)):
             if not turn:
-                check_one_pass(model, dataset[i])
-            data, truth = pseudo_collate([dataset[i]]), None
+                check_one_pass(model, read_image(dataset, i))
+            data, truth = pseudo_collate([read_image(dataset, i)]), None
             for name, function in functions.items():
                 spent = []
 

@@ -22,7 +22,7 @@ from mmseg_msvit.tooling.command_line import DEVICE, InputError, one_line_errors
 from mmseg_msvit.tooling.comparison import compare
 from mmseg_msvit.tooling.conversion import KINDS, check_out, convert, dense_backbone, write
 from mmseg_msvit.tooling.dense_pass import TARGETS, find_images, gather
-from mmseg_msvit.tooling.gate_fitting import find_threshold, fit, gate_logits, shared_size
+from mmseg_msvit.tooling.gate_fitting import check_budget, find_threshold, fit, gate_logits, shared_size
 from mmseg_msvit.tooling.models import load_config, load_model
 from mmseg_msvit.tooling.testset import FileReader
 
@@ -62,10 +62,16 @@ def main() -> None:
     model, changes = convert(config, dense, args.gate, args.scales or (patch, 2 * patch))
     reader = FileReader(config)
     images, truths = find_images(config, args.images, args.limit)
-    examples, windows = gather(dense, reader, images, truths, args.target)
+    try:
+        examples, windows = gather(dense, reader, images, truths, args.target)
+    except InputError as error:
+        unneeded = str(error).startswith('truth:') and args.target == 'mixed'
+        raise InputError(f'{error}{". No labels are needed: --images FOLDER reads none" * unneeded}') from error
     backbone = model.backbone
+    size = 1.0 if args.full_size else shared_size(args.budget)
+    check_budget(backbone, windows, args.budget, size)
     fit(model, examples, windows, args.budget, args.steps)
-    backbone.input_scale = 1.0 if args.full_size else shared_size(args.budget)
+    backbone.input_scale = size
     logits = gate_logits(model, examples, windows)
     backbone.select.threshold, share = find_threshold(backbone, windows, logits, args.budget)
     write(config, model, changes, reader.classes, args.out)

@@ -21,7 +21,7 @@ from mmseg_msvit.measuring.metrics import summarize_costs
 from mmseg_msvit.tokens.token_map import region_grid
 from mmseg_msvit.tooling.command_line import DEVICE, about, one_line_errors, positive, print_table, write_json
 from mmseg_msvit.tooling.models import load_config, load_model
-from mmseg_msvit.tooling.testset import image_path, load_testset, over_images
+from mmseg_msvit.tooling.testset import image_path, load_testset, over_images, read_image
 from mmseg_msvit.vit.mixed_scale import MixedScale
 
 SHARES = (0, 0.25, 0.5, 0.75, 1)
@@ -67,7 +67,7 @@ def main() -> None:
         if args.checkpoint is None and gated and any(isinstance(gate, LearnedGate) for gate in model.backbone.gates):
             print('no CHECKPOINT: the gate has not learned anything, its tokens mean nothing')
         with about(image_path(dataset, 0)):
-            check_one_pass(model, dataset[0])
+            check_one_pass(model, read_image(dataset, 0))
         result = summarize_costs(over_images(dataset, partial(inference_cost, model, heads)))
         rows = [
             [

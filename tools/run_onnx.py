@@ -64,7 +64,7 @@ def read(path, notes):
 
         try:
             picture = tifffile.imread(path)
-        except (OSError, ValueError):  # tifffile's own are of these
+        except Exception:  # tifffile's codecs have many
             return None
     else:
         picture = cv2.imread(str(path), COLOURS[notes['read']['color']])

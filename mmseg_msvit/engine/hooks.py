@@ -1,5 +1,6 @@
 """Hooks: gate losses into the training of any segmentor or classifier, dense steps first, pictures of the tokens."""
 
+import warnings
 from functools import partial
 from typing import Optional, Sequence
 
@@ -113,7 +114,8 @@ class GateLossHook(ViTWeightsHook):
                 why = (
                     'no parameter of it requires a gradient: the backbone was frozen with it. To freeze the ViT alone '
                     'set frozen_exclude=[] in an MSViT, or model.backbone.gate.requires_grad_(True) after it was '
-                    "frozen; for LoRA, type='MSLoRAModel' of mmseg_msvit.lora"
+                    'frozen, also where a hook thaws the ViT later; for LoRA, '
+                    "type='MSLoRAModel' of mmseg_msvit.lora"
                 )
             elif known and not any(id(p) in moved for p in learning):
                 why = 'no group of the optimizer that has a learning rate has a parameter of it: see paramwise_cfg'
@@ -142,6 +144,12 @@ def _add_gate_losses(backbone, module, args, kwargs, output):
             'GateLossHook wants a forward of the backbone in training mode and with gradients, got none, so that the '
             'gate would learn nothing. Is the backbone in eval mode, or under no_grad? For a gate that stays as it is '
             "set frozen=True in its config; where a tokenize() of one's own asks no gate, gate=dict(type='FixedGate')"
+        )
+    if module.training and backbone.gate_learns and any(each.frozen for each in backbone.gates):
+        warnings.warn(
+            'the gate is frozen=True in its config, but somebody has thawed it: it learns without gate losses, since '
+            'a frozen gate has none',
+            stacklevel=2,
         )
     return {**output, **{f'gate.{name}': value for name, value in gate.items()}}
 
@@ -223,7 +231,7 @@ class TokenMapHook(Hook):
             for i in self.indices:
                 data = dataset[i % len(dataset)]
                 try:
-                    truth = classes.read_sample(data['data_samples'])
+                    truth = classes.read_sample(data['data_samples'], resized=True)
                     figure = draw_image(model, data, classes.palette, truth)
                 except (ValueError, FloatingPointError) as error:
                     file = data['data_samples'].get('img_path', f'image {i}')

@@ -24,7 +24,8 @@ class MSViTLayerDecayConstructor(DefaultOptimWrapperConstructor):
 
     Args:
         optim_wrapper_cfg: as for mmengine's constructor.
-        paramwise_cfg: ``layer_decay`` (default 0.75) and ``gate_lr_mult`` (default 1).
+        paramwise_cfg: ``layer_decay`` (default 0.75), ``gate_lr_mult`` (default 1), and ``backbone``, the name of the
+            MSViT that is meant where there are several, see :func:`~mmseg_msvit.gates.from_outside.find_msvit`.
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: Optional[dict] = None):
@@ -32,8 +33,11 @@ class MSViTLayerDecayConstructor(DefaultOptimWrapperConstructor):
         options = dict(paramwise_cfg or {})
         self.layer_decay = options.pop('layer_decay', 0.75)
         self.gate_lr_mult = options.pop('gate_lr_mult', 1.0)
+        self.backbone = options.pop('backbone', None)
         if options:
-            raise ValueError(f'paramwise_cfg: wanted layer_decay and gate_lr_mult, got also {sorted(options)}')
+            raise ValueError(
+                f'paramwise_cfg: wanted layer_decay, gate_lr_mult and backbone, got also {sorted(options)}'
+            )
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f'layer_decay must be in (0, 1], got {self.layer_decay}')
         # The base class asks for options only where there are some.
@@ -41,7 +45,7 @@ class MSViTLayerDecayConstructor(DefaultOptimWrapperConstructor):
 
     def add_params(self, params: List[dict], module: nn.Module, **kwargs) -> None:
         """Adds a group for each parameter of the model."""
-        backbone = find_msvit(module)
+        backbone = find_msvit(module, self.backbone)
         path = next(name for name, part in module.named_modules() if part is backbone)
         prefix = f'{path}.' if path else ''
         for name, parameter in module.named_parameters():

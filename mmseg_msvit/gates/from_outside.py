@@ -40,8 +40,8 @@ def find_msvit(model: nn.Module, name: Optional[str] = None) -> Gated:
         if len(candidates) == 1:
             return candidates[0]
     raise ValueError(
-        f'the model must have one MSViT backbone whose gate learns, got {list(found)}: name the one that is meant, as '
-        f"by dict(type='GateLossHook', backbone={next(iter(found))!r})"
+        f'the model must have one MSViT backbone whose gate learns, got {list(found)}: name the one that is meant, by '
+        f'backbone={next(iter(found))!r} in GateLossHook, and in paramwise_cfg where rates decay by layer'
     )
 
 

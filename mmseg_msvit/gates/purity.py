@@ -15,8 +15,8 @@ from ..tokens.selection import Decision
 from ..tokens.token_map import TokenMap
 from .losses import GateLoss
 
-# Training forwards with labels of one class alone, after which PurityLoss warns.
-ALIKE = 20
+# Images with labels of one class alone, after which PurityLoss warns: what is rare is in none of the first few.
+ALIKE = 200
 
 
 @MODELS.register_module()
@@ -78,13 +78,13 @@ class PurityLoss(GateLoss):
         if self._begun < ALIKE:
             found = set(labels.unique().tolist())
             self._seen |= {IGNORE_INDEX if label == self.ignore_index else label for label in found}
-            self._begun += 1
+            self._begun += len(labels)
             why = one_class(self._seen)
             if why is None:
                 self._begun = ALIKE
-            elif self._begun == ALIKE:
+            elif self._begun >= ALIKE:
                 warnings.warn(
-                    f'PurityLoss teaches the gate to be coarse everywhere: in the first {ALIKE} steps {why}',
+                    f'PurityLoss teaches the gate to be coarse everywhere: in the first {self._begun} images {why}',
                     stacklevel=2,
                 )
 

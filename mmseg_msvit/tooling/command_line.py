@@ -4,7 +4,9 @@ import argparse
 import hashlib
 import json
 import os
+import struct
 import sys
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterator, Sequence, Union
@@ -37,7 +39,10 @@ def one_line_errors() -> Iterator[None]:
 
 
 # What a file that is not as it should be makes other libraries raise.
-OF_FILES = (OSError, ValueError, ArithmeticError, AssertionError, RuntimeError, SyntaxError, cv2.error)
+OF_FILES = (
+    OSError, ValueError, ArithmeticError, AssertionError, RuntimeError, SyntaxError, cv2.error, zlib.error,
+    struct.error,
+)  # fmt: skip
 
 
 @contextmanager

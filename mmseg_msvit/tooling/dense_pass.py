@@ -3,13 +3,13 @@
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
+from mmengine.dataset import BaseDataset, pseudo_collate
 from mmseg.structures import SegDataSample
 from rich.progress import track
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ..labels import IGNORE_INDEX, ids_in, one_class
 from ..measuring.inspection import check_one_pass
 from ..tokens.token_map import Grid
 from .command_line import InputError, about
-from .testset import FileReader, list_images, load_dataset, load_testset
+from .testset import FileReader, Truth, list_images, load_dataset, load_testset
 
 TARGETS = ('mixed', 'labels')
 
@@ -54,8 +54,8 @@ class Example:
     labels: Optional[np.ndarray]
 
 
-def find_images(config: Config, folder: Optional[Path], limit: int) -> Tuple[List[Path], List[Optional[Path]]]:
-    """Images, and the files of their labels where there are any: of a folder, or of the config's training set.
+def find_images(config: Config, folder: Optional[Path], limit: int) -> Tuple[List[Path], List[Optional[Truth]]]:
+    """Images, and their labels where there are any: of a folder, or of the config's training set, by its own rules.
 
     Args:
         config: by :func:`.load_config`.
@@ -67,7 +67,7 @@ def find_images(config: Config, folder: Optional[Path], limit: int) -> Tuple[Lis
     """
     if folder is not None:
         images = list_images(folder)
-        truths: List[Optional[Path]] = [None] * len(images)
+        truths: List[Optional[Truth]] = [None] * len(images)
     else:
         dataset = (config.get('train_dataloader') or {}).get('dataset')
         if dataset is None:
@@ -75,11 +75,13 @@ def find_images(config: Config, folder: Optional[Path], limit: int) -> Tuple[Lis
         while 'dataset' in dataset:  # what repeats or mixes it
             dataset = dataset['dataset']
         dataset = load_dataset(dataset, f'training set of {config.filename}')
-        infos = [dataset.get_data_info(i) for i in range(len(dataset))]
-        images = [Path(info['img_path']) for info in infos]
-        truths = [Path(info['seg_map_path']) if info.get('seg_map_path') else None for info in infos]
-    images, truths = evenly(images, limit), evenly(truths, limit)
-    return images, [truth if truth and truth.is_file() else None for truth in truths]
+        images, truths = _listed(dataset)
+    return evenly(images, limit), evenly(truths, limit)
+
+
+def _listed(dataset: BaseDataset) -> Tuple[List[Path], List[Optional[Truth]]]:
+    infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+    return [Path(info['img_path']) for info in infos], [Truth.of(info) for info in infos]
 
 
 def evenly(items: Sequence, limit: int) -> list:
@@ -87,8 +89,8 @@ def evenly(items: Sequence, limit: int) -> list:
     return [items[i] for i in np.linspace(0, len(items) - 1, min(limit, len(items))).round().astype(int)]
 
 
-def find_test_images(config: Config) -> Tuple[List[Path], List[Path]]:
-    """Images of a config's test set, and the files of their labels.
+def find_test_images(config: Config) -> Tuple[List[Path], List[Optional[Truth]]]:
+    """Images of a config's test set, and their labels.
 
     Args:
         config: by :func:`.load_config`.
@@ -96,14 +98,16 @@ def find_test_images(config: Config) -> Tuple[List[Path], List[Path]]:
     Raises:
         InputError: there are none.
     """
-    dataset = load_testset(config)
-    infos = [dataset.get_data_info(i) for i in range(len(dataset))]
-    return [Path(info['img_path']) for info in infos], [Path(info['seg_map_path']) for info in infos]
+    return _listed(load_testset(config))
 
 
 @torch.no_grad()
 def gather(
-    model: nn.Module, reader: FileReader, images: Sequence[Path], truths: Sequence[Optional[Path]], target: str
+    model: nn.Module,
+    reader: FileReader,
+    images: Sequence[Path],
+    truths: Sequence[Union[Path, Truth, None]],
+    target: str,
 ) -> Tuple[List[Example], List[Window]]:
     """Runs the dense segmentor over images, by the test pipeline and its own inference, each once.
 
@@ -111,7 +115,7 @@ def gather(
         model: the dense segmentor, in evaluation mode.
         reader: of its config.
         images: files.
-        truths: the files of their labels, or None.
+        truths: their labels, see :meth:`.FileReader.read`.
         target: ``'mixed'``, what the model sees in each window, or ``'labels'``.
 
     Raises:

@@ -70,7 +70,7 @@ class Explorer:
             InputError: it is no picture.
         """
         with TemporaryDirectory() as folder:
-            path = Path(folder) / f'image{getattr(self.reader.dataset, "img_suffix", "")}'
+            path = Path(folder) / f'image{Path("_" + getattr(self.reader.dataset, "img_suffix", "")).suffix}'
             path.write_bytes(image)
             try:
                 data = self.reader.load(path)
@@ -78,7 +78,8 @@ class Explorer:
                 raise InputError(
                     'image: wanted a picture that the config reads, got a file that is none or is broken'
                 ) from error
-            data['img'] = reduced(data['img'])
+            with about('image'):
+                data['img'] = reduced(data['img'])
             data['img_shape'] = data['ori_shape'] = data['img'].shape[:2]
             pixels, shown = picture_of(torch.from_numpy(np.atleast_3d(data['img'])).permute(2, 0, 1))
             data, _ = self.reader.prepare(data)

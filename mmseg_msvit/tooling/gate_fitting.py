@@ -5,6 +5,7 @@ gate learns to foresee that from the pixels (:func:`fit`), and one threshold is 
 (:func:`find_threshold`). :mod:`.conversion` makes the model before that, and writes it after.
 """
 
+from collections import Counter
 from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ..gates.doubt import doubt_scale, doubt_target, region_doubt
 from ..tokens.selection import TokenSelector
-from ..tokens.token_map import Grid, shrunk_grid
+from ..tokens.token_map import Grid, region_grid, shrunk_grid
 from ..vit.mixed_scale import MixedScale
 from .command_line import InputError
 from .dense_pass import Example, Window, pixels
@@ -122,6 +123,33 @@ def gate_logits(model: nn.Module, examples: Sequence[Example], windows: Sequence
     ]
 
 
+def check_budget(backbone: MixedScale, windows: Sequence[Window], budget: float, input_scale: float) -> None:
+    """Refuses a budget that even all coarse does not meet, before a gate is fitted.
+
+    Args:
+        backbone: with its levels and prefix.
+        windows: by :func:`.dense_pass.gather`.
+        budget: the share of the dense tokens, over all windows.
+        input_scale: that the backbone will have.
+
+    Raises:
+        InputError: it cannot be met.
+    """
+    prefix = backbone.select.prefix
+    select, tokens, dense = TokenSelector(backbone.sides, threshold=0.0, prefix=prefix).eval(), 0, 0
+    for (h, w), count in Counter(tuple(window.shares.shape[1:]) for window in windows).items():
+        grid = shrunk_grid((h, w), input_scale)
+        zeros = [torch.zeros(1, *region_grid(grid, side)) for side in backbone.sides[1:]]  # all above the threshold
+        gates = [lambda regions, left, answer=answer: answer for answer in zeros]
+        tokens += count * sum(select(gates, grid)[0].lengths)
+        dense += count * (h * w + prefix)
+    if tokens > budget * dense:
+        raise InputError(
+            f'--budget: wanted at least {tokens / dense:.2f}, which is all coarse, got {budget:g}; more --scales allow '
+            'less'
+        )
+
+
 def find_threshold(
     backbone: MixedScale, windows: Sequence[Window], logits: Sequence[List[Tensor]], budget: float
 ) -> Tuple[float, float]:
@@ -138,8 +166,9 @@ def find_threshold(
         the middle between the probabilities of two regions.
 
     Raises:
-        InputError: even all coarse is not within the budget.
+        InputError: by :func:`check_budget`.
     """
+    check_budget(backbone, windows, budget, backbone.input_scale)
     prefix, dense = backbone.select.prefix, 0
     found: Dict[Grid, List[List[Tensor]]] = {}  # logits of each level, by the grid of cells
     for window, levels in zip(windows, logits):
@@ -158,10 +187,6 @@ def find_threshold(
     # A threshold between two values is as the lower of them: a region has to be above it.
     values = torch.cat([a.flatten() for levels in groups.values() for a in levels]).sigmoid().unique().tolist()
     values = [0.0, *values, 1.0]
-    if share(0.0) > budget:
-        raise InputError(
-            f'--budget: wanted at least {share(0.0):.2f}, which is all coarse, got {budget:g}; more --scales allow less'
-        )
     low, high = 0, len(values)  # the first is within the budget, what is at high or above is not
     while high - low > 1:
         middle = (low + high) // 2

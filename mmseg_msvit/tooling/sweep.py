@@ -20,7 +20,7 @@ from ..measuring.inspection import check_one_pass, record_tokens
 from ..vit.mixed_scale import MixedScale
 from .command_line import InputError, about
 from .models import load_config, load_model
-from .testset import finite, image_path, iou_metric, load_testset
+from .testset import image_path, iou_metric, load_testset, read_image
 from .timing import timed
 
 
@@ -119,7 +119,7 @@ def measure(runs: Sequence[Run], thresholds: Sequence[float], device: str) -> Tu
     MMLogger.get_instance('sweep', log_level='WARNING')  # else IoUMetric prints a table for each variant
     for i in track(range(-1, len(images)), 'images'):
         with about(image_path(next(iter(datasets.values())), max(i, 0))):
-            data = {config: finite(dataset[max(i, 0)]) for config, dataset in datasets.items()}
+            data = {config: read_image(dataset, max(i, 0)) for config, dataset in datasets.items()}
             for variant in variants:
                 variant.test(data[variant.run.config], counts=i >= 0)  # the first image once more, to warm up
     reference = next((v for v in variants if v.threshold is None), variants[0])

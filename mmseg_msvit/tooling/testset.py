@@ -2,8 +2,9 @@
 
 from collections import Counter
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from mmcv.transforms import LoadAnnotations
@@ -11,10 +12,9 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dataset import BaseDataset
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import DATASETS, TRANSFORMS
-from PIL import Image
 from rich.progress import track
 
-from ..labels import IGNORE_INDEX, Classes, check_labels
+from ..labels import IGNORE_INDEX, Classes, check_depth, check_labels
 from .command_line import OF_FILES, InputError, about, first_line
 
 # What OpenCV reads, and so mmseg.
@@ -84,6 +84,7 @@ class CheckedIoU(IoUMetric):
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
         for sample in data_samples:
+            check_depth(sample.get('seg_map_path'))
             self.classes.read(sample['gt_sem_seg']['data'].cpu().numpy(), sample['ori_shape'][:2])
         super().process(data_batch, data_samples)
 
@@ -99,7 +100,19 @@ def over_images(dataset: BaseDataset, function: Callable[[dict], Any]) -> list:
 
 def _of_image(dataset: BaseDataset, i: int, function: Callable[[dict], Any]) -> Any:
     with about(image_path(dataset, i)):
-        return function(finite(dataset[i]))
+        return function(read_image(dataset, i))
+
+
+def read_image(dataset: BaseDataset, i: int) -> dict:
+    """What the pipeline makes of an image of a data set; its pixels are all numbers.
+
+    Raises:
+        InputError: a file cannot be read; the message names it, or the image and its labels.
+        ValueError: by :func:`finite`.
+    """
+    with _reading('image: wanted a picture, and class ids for it', _files(dataset, i)):
+        data = dataset[i]
+    return finite(data)
 
 
 def finite(data: dict) -> dict:
@@ -115,10 +128,36 @@ def finite(data: dict) -> dict:
     return data
 
 
+def _files(dataset: BaseDataset, i: int) -> str:
+    """An image's file, and that of its labels, for an error."""
+    labels = dataset.get_data_info(i).get('seg_map_path') if hasattr(dataset, 'get_data_info') else None
+    return image_path(dataset, i) + (f' with {labels}' if labels else '')
+
+
 def image_path(dataset: Sequence, i: int) -> str:
     """The file of a data set's image, or, of one that has no files, its number."""
     known = hasattr(dataset, 'get_data_info')
     return str(dataset.get_data_info(i).get('img_path', f'image {i}')) if known else f'image {i}'
+
+
+class Truth(NamedTuple):
+    """A file of class ids of a data set, and how that data set counts them.
+
+    Attributes:
+        path: of the file.
+        label_map: what its ids become, or None for what they are.
+        reduce_zero_label: whether 0 is no class, and 1 the first one.
+    """
+
+    path: Path
+    label_map: Optional[dict]
+    reduce_zero_label: bool
+
+    @classmethod
+    def of(cls, info: dict) -> Optional['Truth']:
+        """Of what a data set says of an image; None where it says nothing of labels, or their file is not there."""
+        path = Path(info.get('seg_map_path') or '')
+        return cls(path, info.get('label_map'), info.get('reduce_zero_label', False)) if path.is_file() else None
 
 
 class FileReader:
@@ -147,14 +186,17 @@ class FileReader:
         """The colours of the classes."""
         return self.classes.palette
 
+    def _rules(self, path: Path) -> Truth:
+        return Truth(path, getattr(self.dataset, 'label_map', None), getattr(self.dataset, 'reduce_zero_label', False))
+
     def load(self, image: Path) -> dict:
         """An image as the test pipeline's loading makes it: ``img`` (H, W) or (H, W, C) of any dtype, BGR.
 
         Raises:
             InputError: the file is no picture.
         """
-        data = dict(img_path=str(image), seg_fields=[], reduce_zero_label=self.dataset.reduce_zero_label)
-        data['label_map'] = self.dataset.label_map
+        _, label_map, reduce_zero_label = self._rules(image)
+        data = dict(img_path=str(image), seg_fields=[], label_map=label_map, reduce_zero_label=reduce_zero_label)
         for number, transform in enumerate(self.transforms):
             if not isinstance(transform, LoadAnnotations):
                 with _reading('image: wanted a picture', image):
@@ -163,28 +205,30 @@ class FileReader:
                 return dict(data, loaded=number)
         raise InputError("CONFIG: wanted a test pipeline that loads an image as 'img', got one that does not")
 
-    def read(self, image: Path, truth: Optional[Path] = None) -> Tuple[dict, Optional[np.ndarray]]:
+    def read(self, image: Path, truth: Union[Path, Truth, None] = None) -> Tuple[dict, Optional[np.ndarray]]:
         """An image through the test pipeline, and its class ids (H, W) uint8 as the data set counts them.
 
-        What the evaluator leaves out is 255 in them, whatever it is in the data set.
+        What the evaluator leaves out is 255 in them, whatever it is in the data set. Of a training set, which may count
+        its ids in another way, ``truth`` is a :class:`Truth`.
 
         Raises:
             InputError: a file is no picture, or the truth is not class ids of the image's size.
         """
         return self.prepare(self.load(image), truth)
 
-    def prepare(self, data: dict, truth: Optional[Path] = None) -> Tuple[dict, Optional[np.ndarray]]:
+    def prepare(self, data: dict, truth: Union[Path, Truth, None] = None) -> Tuple[dict, Optional[np.ndarray]]:
         """:meth:`read` of what :meth:`load` gave."""
         image, size = data['img_path'], tuple(data['ori_shape'])
         if truth is not None:
-            data['seg_map_path'] = str(truth)
+            truth, label_map, reduce_zero_label = truth if isinstance(truth, Truth) else self._rules(truth)
+            data.update(seg_map_path=str(truth), label_map=label_map, reduce_zero_label=reduce_zero_label)
         loaded = data.pop('loaded')
         for number, transform in enumerate(self.transforms):
             if isinstance(transform, LoadAnnotations):
                 if truth is None:
                     continue
                 with _reading('truth: wanted class ids', truth):
-                    data = transform(data)
+                    data = copy(transform)(data)  # it keeps the reduce_zero_label of the first file that it reads
                 with _truth_as_wanted(image, truth):
                     check_labels(data['gt_seg_map'], size)
                     check_depth(truth)
@@ -210,7 +254,7 @@ class FileReader:
 def _reading(wanted: str, path: Union[str, Path]) -> Iterator[None]:
     try:
         yield
-    except OF_FILES as error:
+    except (*OF_FILES, AttributeError) as error:  # mmseg takes attributes of what OpenCV could not read
         raise InputError(f'{wanted}, got {path}, which cannot be read: {first_line(error)}') from error
 
 
@@ -220,22 +264,6 @@ def _truth_as_wanted(image: str, truth: Path) -> Iterator[None]:
         yield
     except ValueError as error:
         raise InputError(f'truth: {truth} of {image}: {error}') from error
-
-
-def check_depth(truth: Path) -> None:
-    """Refuses a file of class ids that mmseg, which keeps eight bits of each, would read as others.
-
-    Raises:
-        ValueError: it has ids of more than eight bits.
-    """
-    try:
-        with Image.open(truth) as picture:
-            deep = picture.mode.startswith(('I', 'F'))
-            most = np.asarray(picture).max() if deep else 0
-    except OSError:  # not of a kind that pillow reads
-        return
-    if most > 255:
-        raise ValueError(f'labels: wanted class ids of 8 bits, of which mmseg reads no more, got {most:g} and less')
 
 
 def list_images(path: Path) -> List[Path]:

@@ -218,7 +218,9 @@ def test_of_two_msvits_the_one_whose_gate_learns_is_meant():
     assert find_msvit(model.student) is model.student.backbone
 
     both = Distiller(segmentor(), segmentor()).train()
-    message = r"got \['student.backbone', 'teacher.backbone'\]: name the one .* backbone='student.backbone'\)"
+    message = (
+        r"got \['student.backbone', 'teacher.backbone'\]: name the one .* backbone='student.backbone' in GateLossHook"
+    )
     with pytest.raises(ValueError, match=message):
         hooked(both)
     hook = HOOKS.build(dict(type='GateLossHook', backbone='student.backbone'))
@@ -260,6 +262,17 @@ def test_a_gate_that_was_frozen_unawares_stops_the_training_at_its_start():
     later.train()
     with pytest.raises(ValueError, match='the MLPGate to learn'):
         hook.before_train_iter(runner, 0)
+
+
+def test_a_frozen_gate_that_is_thawed_is_warned_of():
+    inputs, samples = batch()
+    model = hooked(segmentor(gate=dict(type='MLPGate', frozen=True)).train())
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='.*frozen=True')
+        model(inputs, samples, mode='loss')
+    model.backbone.gate.requires_grad_(True)
+    with pytest.warns(UserWarning, match='frozen=True in its config, but somebody has thawed it'):
+        model(inputs, samples, mode='loss')
 
 
 def test_a_gate_that_no_optimizer_moves_stops_the_training_at_its_start():

@@ -1,4 +1,5 @@
 import pytest
+import torch
 from conftest import tiny_segmentor
 from mmengine.config import ConfigDict
 from mmengine.optim import build_optim_wrapper
@@ -72,7 +73,7 @@ def test_a_decay_that_is_not_named_is_the_optimizers_own():
 
 @pytest.mark.parametrize('options, message', [
     (dict(layer_decay=0.0), r'layer_decay must be in \(0, 1\], got 0.0'),
-    (dict(decay_rate=0.5), r"wanted layer_decay and gate_lr_mult, got also \['decay_rate'\]"),
+    (dict(decay_rate=0.5), r"wanted layer_decay, gate_lr_mult and backbone, got also \['decay_rate'\]"),
 ])  # fmt: skip
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
@@ -90,3 +91,13 @@ def test_what_more_scales_and_other_families_add():
         found['backbone.layers.2.gamma_1']['lr'] == 0.5e-3 and found['backbone.layers.2.gamma_1']['weight_decay'] == 0
     )
     assert all(group['lr'] == 1e-3 for n, group in found.items() if 'out_details' in n)
+
+
+def test_of_several_msvits_the_one_that_is_named_is_decayed():
+    model = torch.nn.ModuleDict({name: MODELS.build(tiny_segmentor().backbone) for name in ('student', 'other')})
+    config = ConfigDict(type='OptimWrapper', constructor='MSViTLayerDecayConstructor', optimizer=DECAYED)
+    with pytest.raises(ValueError, match="by backbone='student' in GateLossHook, and in paramwise_cfg"):
+        build_optim_wrapper(model, config)
+    config.paramwise_cfg = dict(backbone='other', layer_decay=0.5)
+    rates = {g['param_name']: g['lr'] for g in build_optim_wrapper(model, config).optimizer.param_groups}
+    assert rates['other.layers.2.ln1.weight'] == 0.5e-3 and rates['student.layers.2.ln1.weight'] == 1e-3

@@ -613,19 +613,19 @@ def test_purity_warns_of_labels_of_which_it_can_teach_nothing():
 
     loss = PurityLoss(grid=(2, 2))
     with pytest.warns(
-        UserWarning, match='coarse everywhere: in the first 20 steps every labelled .* class 0, .* 255 is no class'
+        UserWarning, match='coarse everywhere: in the first 200 images every labelled .* class 0, .* 255 is no class'
     ):
-        train(loss, labels_of(0, 255), ALIKE)
+        train(loss, labels_of(0, 255), ALIKE // 2)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         train(loss, labels_of(0, 255), 2 * ALIKE)  # said once
         fresh = PurityLoss(grid=(2, 2))
-        train(fresh, labels_of(3), ALIKE - 1)
+        train(fresh, labels_of(3), ALIKE // 2 - 1)
         train(fresh, labels_of(4), ALIKE)  # crops of one class each, and there are two
         train(PurityLoss(grid=(2, 2)), labels_of(0, 1, 255), 2 * ALIKE)
     loss.begin()
     with pytest.warns(UserWarning, match='no pixel has a label'):
-        train(loss, labels_of(255), ALIKE)
+        train(loss, labels_of(255), ALIKE // 2)
 
 
 def test_purity_refuses_labels_that_are_colours():

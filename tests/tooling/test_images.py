@@ -2,8 +2,10 @@
 
 import runpy
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from copy import deepcopy
 
 import cv2
@@ -126,6 +128,17 @@ def test_the_demo_makes_large_images_of_many_bands_smaller(config, tmp_path, mon
     assert opened.prediction.shape == (48, 56)
 
 
+@pytest.mark.parametrize('dtype', [np.int32, np.uint32, np.int8])
+def test_the_demo_says_what_opencv_cannot_make_smaller(dtype, config, tmp_path, monkeypatch):
+    monkeypatch.setattr('mmseg_msvit.tooling.explorer.LONGEST', 56)
+    config = tiffs(config, tmp_path / 'scenes', 12, 1)
+    config.test_dataloader.dataset.img_suffix = '/image.tiff'  # a folder for each image
+    explorer = Explorer(MODELS.build(config.model).eval(), FileReader(config))
+    tifffile.imwrite(tmp_path / 'a.tiff', np.zeros((96, 112, 12), dtype))
+    with pytest.raises(InputError, match='^image: '):
+        explorer.open((tmp_path / 'a.tiff').read_bytes())
+
+
 @of_sixteen_bits
 def test_pictures_are_stretched_where_pixels_have_not_eight_bits():
     def ramp(low, high, dtype):
@@ -206,6 +219,9 @@ def test_an_error_is_the_files_or_ours(capsys):
         raise KeyError('fault')
     assert 'The error below came with a.png' in capsys.readouterr().err
     assert KeyError not in command_line.OF_FILES
+    for error in (zlib.error, struct.error):  # of broken TIFFs
+        with pytest.raises(InputError, match='^a.tif: broken$'), about('a.tif'):
+            raise error('broken')
 
 
 class Siamese(EncoderDecoder):
