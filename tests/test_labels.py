@@ -21,7 +21,7 @@ from torch import nn
 from mmseg_msvit.labels import Classes, check_heads, ids_in, one_class
 from mmseg_msvit.tooling.command_line import InputError
 from mmseg_msvit.tooling.comparison import label_areas, mean_iou
-from mmseg_msvit.tooling.dense_pass import Example, find_images
+from mmseg_msvit.tooling.dense_pass import find_images
 from mmseg_msvit.tooling.gate_report import Analysis
 from mmseg_msvit.tooling.models import load_config, load_model
 from mmseg_msvit.tooling.testset import FileReader, load_testset
@@ -239,7 +239,7 @@ def test_one_class_is_said_of_labels_alone():
 
 def test_a_class_of_one_logit_is_counted_with_what_is_not_it():
     truth = np.array([[0, 0, 1, 1]], np.uint8)
-    areas = label_areas(torch.tensor([[0, 1, 1, 1]]), Example({}, None, truth), 2)
+    areas = label_areas(torch.tensor([[0, 1, 1, 1]]), truth, 2)
     assert mean_iou([areas]) == pytest.approx(100 * (1 / 2 + 2 / 3) / 2)
 
 

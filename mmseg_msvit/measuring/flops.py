@@ -6,12 +6,12 @@ softmax, resizing and the moving of tokens are not, as is usual.
 
 from copy import deepcopy
 from functools import partial
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 from mmengine.dataset import pseudo_collate
 from mmseg.models.backbones import BEiT, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -192,22 +192,18 @@ def add_up(costs: Sequence[Dict[str, int]]) -> Dict[str, int]:
 
 
 @torch.no_grad()
-def inference_cost(model: nn.Module, heads: HeadMacs, data: dict) -> Dict[str, int]:
-    """:func:`cost` of an image in the segmentor's own inference, whose windows add up; only the gate runs.
+def of_windows(model: nn.Module, data: dict, function: Callable[[Tensor], Any]) -> list:
+    """What a function says of each window (1, C, H, W) of an image, as the segmentor's own inference cuts them.
 
     Args:
-        model: a segmentor with an MSViT or a dense ViT.
-        heads: of the model.
+        model: a segmentor.
         data: what the test pipeline made of the image.
+        function: of what the backbone would see.
     """
-    backbone, passes = model.backbone, []
+    found = []
 
     def encode_decode(inputs, batch_img_metas):
-        """In place of the segmentor's: counts a window (1, C, H, W)."""
-        if isinstance(backbone, MixedScale):
-            passes.extend(pass_costs(backbone, backbone.tokenize(inputs)[1], heads))
-        else:
-            passes.append(dense_cost(backbone, region_grid(inputs.shape[2:], backbone.patch_size), heads))
+        found.append(function(inputs))
         return inputs.new_zeros(len(inputs), model.out_channels, *inputs.shape[2:])
 
     model.encode_decode = encode_decode
@@ -216,7 +212,25 @@ def inference_cost(model: nn.Module, heads: HeadMacs, data: dict) -> Dict[str, i
         model.inference(batch['inputs'], [sample.metainfo for sample in batch['data_samples']])
     finally:
         del model.encode_decode
-    return add_up(passes)
+    return found
+
+
+def inference_cost(model: nn.Module, heads: HeadMacs, data: dict) -> Dict[str, int]:
+    """:func:`cost` of an image in the segmentor's own inference, whose windows add up; only the gate runs.
+
+    Args:
+        model: a segmentor with an MSViT or a dense ViT.
+        heads: of the model.
+        data: what the test pipeline made of the image.
+    """
+    backbone = model.backbone
+
+    def of_window(inputs: Tensor) -> Dict[str, int]:
+        if isinstance(backbone, MixedScale):
+            return pass_costs(backbone, backbone.tokenize(inputs)[1], heads)[0]
+        return dense_cost(backbone, region_grid(inputs.shape[2:], backbone.patch_size), heads)
+
+    return add_up(of_windows(model, data, of_window))
 
 
 def share_cost(backbone: MixedScale, heads: HeadMacs, grid: Grid, share: float) -> Dict[str, int]:

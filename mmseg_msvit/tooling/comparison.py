@@ -30,9 +30,9 @@ def predict(model: nn.Module, examples: Sequence[Example], title: str) -> Iterat
         yield example, sample.pred_sem_seg.data[0].cpu(), costs
 
 
-def label_areas(prediction: Tensor, example: Example, classes: int) -> tuple:
-    """Pixels of each class in the intersection of a prediction and an example's labels, and in the union, (K,) each."""
-    truth = torch.from_numpy(example.labels.astype(np.int64))
+def label_areas(prediction: Tensor, labels: np.ndarray, classes: int) -> tuple:
+    """Pixels of each class in the intersection of a prediction and labels (H, W), and in the union, (K,) each."""
+    truth = torch.from_numpy(labels.astype(np.int64))
     return IoUMetric.intersect_and_union(prediction.long(), truth, classes, IGNORE_INDEX)[:2]
 
 
@@ -61,7 +61,7 @@ def compare(model: nn.Module, examples: List[Example]) -> List[dict]:
         right.append((prediction == example.prediction).float().mean().item())
         if example.labels is not None:
             for name, found in (('dense', example.prediction), ('converted', prediction)):
-                areas[name].append(label_areas(found, example, classes))
+                areas[name].append(label_areas(found, example.labels, classes))
 
     def row(name: str, prefix: str, agreement: float) -> dict:
         miou = mean_iou(areas[name]) if len(areas[name]) == len(chosen) else None

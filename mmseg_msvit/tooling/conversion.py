@@ -7,7 +7,7 @@ everything takes that takes a segmentor's. Between the two :mod:`.gate_fitting` 
 import os
 from functools import partial
 from pathlib import Path
-from typing import Sequence, Tuple
+from typing import Dict, Optional, Sequence, Tuple
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -20,6 +20,7 @@ from ..vit.mixed_scale import MixedScale
 from ..weights.whole_models import OF_GATES
 from .command_line import InputError, write_whole
 from .models import merge_first
+from .testset import place_of_resize, resize_step
 
 # The mixed-scale backbone that takes over a dense one's weights, by the dense one's class.
 STANDS_IN = {'VisionTransformer': 'MSViT', 'BEiT': 'MSBEiT', 'MAE': 'MSMAE'}
@@ -30,6 +31,7 @@ BLOCKS_PER_GLANCED = 4
 # What a converted model's folder holds, and the words in its config by which it is known.
 WRITTEN = ('config.py', 'checkpoint.pth', 'train.py', 'picture.png')
 SIGNATURE = 'with a gate that was fitted to it'
+ON_SMALLER = 'on smaller images.'
 
 
 def dense_backbone(model: nn.Module, path: str) -> nn.Module:
@@ -60,13 +62,13 @@ def dense_backbone(model: nn.Module, path: str) -> nn.Module:
     return backbone
 
 
-def convert(config: Config, dense: nn.Module, gate: str, scales: Sequence[int]) -> Tuple[nn.Module, dict]:
+def convert(config: Config, dense: nn.Module, gate: Optional[str], scales: Sequence[int]) -> Tuple[nn.Module, dict]:
     """The segmentor with a mixed-scale backbone in the dense one's place, gates at their first values.
 
     Args:
         config: of the dense segmentor.
         dense: that segmentor.
-        gate: one of ``KINDS``.
+        gate: one of ``KINDS``; None for all tokens fine, as where images alone are to be smaller.
         scales: pixels along a token's side.
 
     Returns:
@@ -84,7 +86,7 @@ def convert(config: Config, dense: nn.Module, gate: str, scales: Sequence[int]) 
     changes = dict(type=STANDS_IN[type(dense.backbone).__name__], scales=tuple(scales))
     if changes['type'] == 'MSViT' and not isinstance(dense.backbone, MixedScale):
         changes['patch_bias'] = True  # zero where the dense one has none; pretrained files have one, which mmseg drops
-    changes['gate'] = dict(type=KINDS[gate], frozen=True)
+    changes['gate'] = dict(type=KINDS[gate], frozen=True) if gate else dict(type='FixedGate')
     if gate == 'glance':
         changes['gate']['blocks'] = max(1, len(dense.backbone.layers) // BLOCKS_PER_GLANCED)
     kept = {name: value for name, value in own.items() if name not in ('gate', *changes)}
@@ -108,7 +110,8 @@ def check_out(out: Path, *inputs: str) -> None:
         InputError: it would replace such a file.
     """
     there = [out / name for name in WRITTEN if (out / name).exists()]
-    known = (out / 'config.py').is_file() and SIGNATURE in (out / 'config.py').read_text(errors='replace')
+    text = (out / 'config.py').read_text(errors='replace') if (out / 'config.py').is_file() else ''
+    known = SIGNATURE in text or ON_SMALLER in text
     read = {Path(path).resolve() for path in inputs}
     lost = [path for path in there if not known or path.resolve() in read]
     if lost:
@@ -121,9 +124,9 @@ def check_out(out: Path, *inputs: str) -> None:
 def write(config: Config, model: nn.Module, changes: dict, classes: Classes, out: Path) -> None:
     """Writes ``checkpoint.pth``, then ``config.py`` and ``train.py``; each is there as a whole or not at all.
 
-    ``train.py`` is for training, with the gate as it is here. It begins with the weights that the dense segmentor's
-    config begins with, and with all tokens fine (:class:`.DenseFirstHook`); if the gate looks through blocks, with
-    these here, for it knows no others.
+    ``train.py``, which a model without a gate has not, is for training, with the gate as it is here. It begins with the
+    weights that the dense segmentor's config begins with, and with all tokens fine (:class:`.DenseFirstHook`); if the
+    gate looks through blocks, with these here, for it knows no others.
 
     Args:
         config: of the dense segmentor, which the new one inherits from.
@@ -133,7 +136,9 @@ def write(config: Config, model: nn.Module, changes: dict, classes: Classes, out
         out: folder.
     """
     out.mkdir(parents=True, exist_ok=True)
-    backbone = dict(changes, gate=dict(changes['gate'], threshold=model.backbone.select.threshold))
+    gated = not isinstance(model.backbone.gate, FixedGate)
+    threshold = dict(threshold=model.backbone.select.threshold) if gated else {}
+    backbone = dict(changes, gate={**changes['gate'], **threshold})
     if model.backbone.input_scale != 1:
         backbone['input_scale'] = model.backbone.input_scale
     if 'gate' in config.model.backbone:
@@ -143,8 +148,9 @@ def write(config: Config, model: nn.Module, changes: dict, classes: Classes, out
     fitted = '{{ fileDirname }}/checkpoint.pth'
     imports = (config.get('custom_imports') or {}).get('imports') or []
     imports = [name for name in ([imports] if isinstance(imports, str) else imports) if name != 'mmseg_msvit']
+    what = f'{SIGNATURE}. A higher threshold is more tokens.' if gated else ON_SMALLER
     lines = [
-        f'# {Path(base).name} {SIGNATURE}. A higher threshold is more tokens.',
+        f'# {Path(base).name} {what}',
         f'_base_ = {base!r}',
         f'custom_imports = dict(imports={[*imports, "mmseg_msvit"]}, allow_failed_imports=False)',
         f'model = dict(backbone={backbone!r})',
@@ -165,8 +171,48 @@ def write(config: Config, model: nn.Module, changes: dict, classes: Classes, out
             '# config.py to be trained further; its gate knows the blocks as they are here: fit it again afterwards.',
             "_base_ = './config.py'",
         ]
+    _write_files(model, classes, out, {'config.py': lines, **({'train.py': anew} if gated else {})})
+
+
+def write_smaller(config: Config, model: nn.Module, size: float, classes: Classes, out: Path) -> None:
+    """Writes ``config.py``, whose test pipeline makes images smaller by a factor, and ``checkpoint.pth``.
+
+    Args:
+        config: of a segmentor with any backbone.
+        model: that segmentor.
+        size: the factor.
+        classes: as of :func:`write`.
+        out: folder.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    base = config.filename if '::' in config.filename else os.path.relpath(config.filename, out)
+    dataset = {**_on_smaller(config.test_dataloader.dataset.to_dict(), size), '_delete_': True}
+    lines = [
+        f'# {Path(base).name} {ON_SMALLER}',
+        f'_base_ = {base!r}',
+        f'test_dataloader = dict(dataset={dataset!r})',
+        "load_from = '{{ fileDirname }}/checkpoint.pth'",
+    ]
+    _write_files(model, classes, out, {'config.py': lines})
+
+
+def _on_smaller(dataset: dict, size: float) -> dict:
+    """A data set's config, or that of what wraps some, with smaller images."""
+    found = dict(dataset)
+    if 'dataset' in found:
+        found['dataset'] = _on_smaller(found['dataset'], size)
+    if 'datasets' in found:
+        found['datasets'] = [_on_smaller(each, size) for each in found['datasets']]
+    if 'pipeline' in found:
+        steps = [getattr(step['type'], '__name__', str(step['type']).split('.')[-1]) for step in found['pipeline']]
+        place = place_of_resize(steps)
+        found['pipeline'] = [*found['pipeline'][:place], resize_step(size), *found['pipeline'][place:]]
+    return found
+
+
+def _write_files(model: nn.Module, classes: Classes, out: Path, texts: Dict[str, Sequence[str]]) -> None:
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
     meta = dict(dataset_meta=dict(classes=classes.names, palette=classes.palette))
     write_whole(out / 'checkpoint.pth', partial(torch.save, dict(meta=meta, state_dict=weights)))
-    for name, text in (('config.py', lines), ('train.py', anew)):
+    for name, text in texts.items():
         write_whole(out / name, lambda path, text=text: path.write_text('\n'.join(text) + '\n'))

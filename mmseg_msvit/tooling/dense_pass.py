@@ -89,6 +89,25 @@ def evenly(items: Sequence, limit: int) -> list:
     return [items[i] for i in np.linspace(0, len(items) - 1, min(limit, len(items))).round().astype(int)]
 
 
+def find_val_images(config: Config, limit: int) -> Tuple[List[Path], List[Optional[Truth]]]:
+    """Images of a config's validation set, or of its test set where it has none, and their labels.
+
+    Args:
+        config: by :func:`.load_config`.
+        limit: of more images than this, so many that are evenly spread are taken.
+
+    Raises:
+        InputError: there are none.
+    """
+    loader = config.get('val_dataloader') or config.get('test_dataloader')
+    if loader is None:
+        raise InputError(
+            f'CONFIG: wanted one with a val_dataloader or a test_dataloader, got {config.filename} without'
+        )
+    images, truths = _listed(load_dataset(loader.dataset, f'validation set of {config.filename}'))
+    return evenly(images, limit), evenly(truths, limit)
+
+
 def find_test_images(config: Config) -> Tuple[List[Path], List[Optional[Truth]]]:
     """Images of a config's test set, and their labels.
 

@@ -6,7 +6,7 @@ gate learns to foresee that from the pixels (:func:`fit`), and one threshold is 
 """
 
 from collections import Counter
-from typing import Dict, List, Sequence, Tuple
+from typing import Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -184,15 +184,26 @@ def find_threshold(
             tokens += sum(select(gates, grid)[0].lengths)
         return tokens / dense
 
+    values = torch.cat([a.flatten() for levels in groups.values() for a in levels])
+    threshold = highest_threshold(values, share, budget)
+    return threshold, share(threshold)
+
+
+def highest_threshold(logits: Tensor, cost: Callable[[float], float], most: float) -> float:
+    """The highest threshold that costs at most so much; 0, all coarse, where none does.
+
+    Args:
+        logits: of all regions.
+        cost: of a threshold; it does not fall where that rises.
+        most: the cost that is allowed.
+    """
     # A threshold between two values is as the lower of them: a region has to be above it.
-    values = torch.cat([a.flatten() for levels in groups.values() for a in levels]).sigmoid().unique().tolist()
-    values = [0.0, *values, 1.0]
+    values = [0.0, *logits.sigmoid().unique().tolist(), 1.0]
     low, high = 0, len(values)  # the first is within the budget, what is at high or above is not
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if share(values[middle]) <= budget else (low, middle)
-    threshold = between(values[low], values[min(high, len(values) - 1)])
-    return threshold, share(threshold)
+        low, high = (middle, high) if cost(values[middle]) <= most else (low, middle)
+    return between(values[low], values[min(high, len(values) - 1)])
 
 
 def between(low: float, high: float) -> float:

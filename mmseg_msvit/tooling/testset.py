@@ -1,5 +1,6 @@
 """The images of a config's test set, and files that are read as it reads them."""
 
+import re
 from collections import Counter
 from contextlib import contextmanager
 from copy import copy
@@ -186,6 +187,13 @@ class FileReader:
         """The colours of the classes."""
         return self.classes.palette
 
+    def smaller(self, size: float) -> 'FileReader':
+        """One that makes images smaller by a factor; labels keep their size."""
+        reader = copy(self)
+        place = place_of_resize([type(transform).__name__ for transform in self.transforms])
+        reader.transforms = [*self.transforms[:place], TRANSFORMS.build(resize_step(size)), *self.transforms[place:]]
+        return reader
+
     def _rules(self, path: Path) -> Truth:
         return Truth(path, getattr(self.dataset, 'label_map', None), getattr(self.dataset, 'reduce_zero_label', False))
 
@@ -248,6 +256,21 @@ class FileReader:
             )
         with _truth_as_wanted(image, truth):
             return data, self.classes.read(labels, size)
+
+
+def resize_step(size: float) -> dict:
+    """The config of a pipeline's step that makes an image smaller by a factor."""
+    return dict(type='Resize', scale_factor=size, keep_ratio=True)
+
+
+def place_of_resize(names: Sequence[str]) -> int:
+    """Where in a pipeline an image that is made smaller stays so: after what loads it, and what resizes it to a scale.
+
+    Args:
+        names: of the steps' classes.
+    """
+    fixed = [i for i, name in enumerate(names) if name == 'Resize' or re.match('Load(?!.*Annotation)', name)]
+    return max(fixed, default=0) + 1
 
 
 @contextmanager

@@ -152,7 +152,7 @@ def play(
     with told(model, logits), deciding_by(model, threshold):
         for example, prediction, cost in predict(model, examples, f'{chooser} {budget or ""}'):
             costs.append(cost)
-            areas.append(label_areas(prediction, example, count_answers(model.decode_head)))
+            areas.append(label_areas(prediction, example.labels, count_answers(model.decode_head)))
     total = add_up(costs)
     return Result(
         chooser,
@@ -166,7 +166,7 @@ def play(
 
 def dense(model: nn.Module, examples: Sequence[Example]) -> Result:
     """What the dense model has predicted already."""
-    areas = [label_areas(example.prediction, example, count_answers(model.decode_head)) for example in examples]
+    areas = [label_areas(example.prediction, example.labels, count_answers(model.decode_head)) for example in examples]
     return Result('dense', [model.backbone.patch_size], 1.0, None, 1.0, 1.0, 1.0, mean_iou(areas))
 
 
