@@ -65,6 +65,8 @@ ESTIMATED, AIMED, SCREENED = 24, 6, 24
 # A contender whose cost is this far from the target, as a share of it, is aimed again.
 NEAR = 0.02
 SMALLEST = 0.25
+# How often those that have seen all images are aimed again.
+TURNS = 3
 # Costs beside the targets that the report shows, unless they are this near to one.
 FRONT, APART = (0.8, 0.65, 0.5, 0.35), 0.08
 DRAWS = 2000
@@ -192,10 +194,11 @@ class Trials:
                     self.warm.add(contender.way)
             seconds, answer, labels, costs = self._run(dense, i)
             truth = answer if labels is None else labels
-            self._keep(dense, i, answer, truth, dict(seconds=seconds, dense_seconds=seconds, **costs))
+            whole = {f'dense_{key}': value for key, value in dict(costs, seconds=seconds).items()}
+            self._keep(dense, i, answer, truth, dict(whole, seconds=seconds, **costs))
             for contender in contenders:
                 own, answer, _, costs = self._run(contender, i)
-                self._keep(contender, i, answer, truth, dict(seconds=own, dense_seconds=seconds, **costs))
+                self._keep(contender, i, answer, truth, dict(whole, seconds=own, **costs))
 
     def _keep(self, contender: Contender, i: int, answer: np.ndarray, truth: np.ndarray, record: dict) -> None:
         classes = len(self.reader.classes.names)
@@ -230,8 +233,6 @@ class Trials:
             costs = {}
             if not isinstance(self.models[SMALLER].backbone, MixedScale):  # else the others know what it costs
                 costs['total'] = self._plain(contender, data)
-                whole = costs if contender.way == DENSE else self.records[DENSE_KEY][str(i)]
-                costs['dense_total'] = whole['total']
         answer = sample.pred_sem_seg.data[0].cpu().numpy().astype(np.int64)
         kept = ('tokens', 'dense_tokens', 'total', 'dense_total')
         return seconds, answer, labels, {key: costs[key] for key in kept if key in costs}
@@ -270,28 +271,30 @@ class Trials:
         """MACs as a function of the threshold; and the gates' logits."""
         backbone = self.models[way].backbone
         if (way, size) not in self.windows:
-            found = []
+            found: Dict[tuple, List[list]] = {}  # logits of each level, by the grid of cells and that of the dense ViT
 
-            def look(inputs: Tensor) -> tuple:
+            def look(inputs: Tensor) -> None:
                 _, tokens, decision = backbone.tokenize(inputs)
-                return tokens.grid, tokens.dense_grid, decision.logits
+                found.setdefault((tokens.grid, tokens.dense_grid), []).append(decision.logits)
 
             with deciding_by(backbone, 1.0, input_scale=size):
                 for i in self.order[:ESTIMATED]:
-                    found += of_windows(self.models[way], deepcopy(self.read(None, i)[0]), look)
-            self.windows[way, size] = found
+                    of_windows(self.models[way], deepcopy(self.read(None, i)[0]), look)
+            self.windows[way, size] = {
+                grids: [torch.cat(level) for level in zip(*windows)] for grids, windows in found.items()
+            }
         windows = self.windows[way, size]
 
         def macs(threshold: float) -> float:
             select = TokenSelector(backbone.sides, threshold=threshold, prefix=backbone.select.prefix).eval()
             costs = []
-            for grid, dense_grid, logits in windows:
+            for (grid, dense_grid), logits in windows.items():
                 gates = [lambda regions, left, answer=answer: answer for answer in logits]
                 costs += pass_costs(backbone, select(gates, grid, dense_grid)[0], self._heads(way))
             total = add_up(costs)
             return total['total'] / total['dense_total']
 
-        return macs, torch.cat([level.flatten() for _, _, logits in windows for level in logits])
+        return macs, torch.cat([level.flatten() for levels in windows.values() for level in levels])
 
     def _of_smaller(self, size: float) -> float:
         backbone = self.models[SMALLER].backbone
@@ -425,27 +428,28 @@ def search(trials: Trials, target: float) -> Found:
         if half < many:
             trials.measure([entry.contender for entry in entries], half, f'{target:g}: half of the images')
             entries = _not_behind(trials, entries, keep=smaller)
-        for _ in range(2):
-            trials.measure([entry.contender for entry in entries], many, f'{target:g}: all images')
+        for _ in range(TURNS):
             before = [entry.contender for entry in entries]
+            trials.measure(before, many, f'{target:g}: all images')
             entries = _aimed_again(trials, entries, target)
             if [entry.contender for entry in entries] == before:
                 break
-        else:
-            trials.measure([entry.contender for entry in entries], many, f'{target:g}: all images')
     except OutOfTime:
         notes.append('the time was over before all images were seen')
-    entries = [entry for entry in entries if entry.contender.key in trials.records]
-    if not entries:
+    measured = [Contender.of(key) for key in trials.records if key != DENSE_KEY]
+    met = [each for each in measured if trials.cost(each) <= target * (1 + NEAR)]
+    if not measured:
         raise InputError('--minutes: wanted enough for a few images, got too few; the same command goes on from here')
-    most = max(len(trials.seen(entry.contender)) for entry in entries)
-    entries = [entry for entry in entries if len(trials.seen(entry.contender)) >= most / 2]
-    best = max(entries, key=lambda entry: trials.difference(entry.contender, Contender(DENSE)).value)
-    return Found(target, best.contender, smaller.contender if smaller in entries else None, notes)
+    _refuse_none(trials, met, target)
+    most = max(len(trials.seen(each)) for each in met)
+    met = [each for each in met if len(trials.seen(each)) > most / 2]
+    met.sort(key=lambda each: -trials.difference(each, Contender(DENSE)).value)
+    smaller = [each for each in met if each.way == SMALLER]
+    return Found(target, met[0], smaller[0] if smaller else None, notes)
 
 
-def _refuse_none(trials: Trials, entries: Sequence[Entry], target: float) -> None:
-    if not entries:
+def _refuse_none(trials: Trials, ways: Sequence, target: float) -> None:
+    if not ways:
         costs = [trials.cost(Contender.of(key)) for key in trials.records if key != DENSE_KEY]
         least = min([*costs, trials.estimate(Contender(SMALLER, SMALLEST))])
         raise InputError(f'--target: wanted at least {least:.2f}, the smallest that is known to be met, got {target:g}')
