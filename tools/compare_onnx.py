@@ -13,8 +13,6 @@ from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import onnxruntime
 import torch
 from mmengine.dataset import pseudo_collate
 from mmengine.logging import MMLogger
@@ -24,25 +22,10 @@ from mmseg_msvit.measuring.inspection import check_one_pass
 from mmseg_msvit.tooling.baselines import dense_forward
 from mmseg_msvit.tooling.command_line import InputError, about, one_line_errors, positive, print_table
 from mmseg_msvit.tooling.dense_pass import evenly
+from mmseg_msvit.tooling.exported import through_file
 from mmseg_msvit.tooling.models import load_config, load_model
 from mmseg_msvit.tooling.testset import image_path, iou_metric, load_testset, read_image
 from mmseg_msvit.tooling.timing import paired_ratios, timed
-
-
-def through_file(path: Path, threshold: float, threads: int):
-    """A function of a batch, which runs it through a file."""
-    if not path.is_file():
-        raise InputError(f'MODEL.onnx: wanted a file, got {path}, which is not there')
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-    names = [value.name for value in (*session.get_inputs(), *session.get_outputs())]
-    if names != ['image', 'threshold', 'logits', 'tokens_used']:
-        raise InputError(
-            f'MODEL.onnx: wanted image and threshold in, logits and tokens_used out, got {names} in {path}'
-        )
-    knob = np.array(threshold, np.float32)
-    return lambda inputs: torch.from_numpy(session.run(['logits'], dict(image=inputs.numpy(), threshold=knob))[0])
 
 
 def main() -> None:
@@ -70,10 +53,13 @@ def main() -> None:
         features = model.neck(features) if model.with_neck else features
         return model.decode_head.predict(features, [dict(img_shape=inputs.shape[2:])], model.test_cfg)
 
+    def at_threshold(function):
+        return lambda inputs: function(inputs, model.backbone.select.threshold)
+
     functions = {
         'torch': partial(with_backbone, model.backbone),
         'torch, dense': partial(with_backbone, partial(dense_forward, model.backbone)),
-        **{str(path): through_file(path, model.backbone.select.threshold, args.threads) for path in args.files},
+        **{str(path): at_threshold(through_file(path, args.threads)) for path in args.files},
     }
     seconds = {name: [] for name in functions}
     agreement = {name: [] for name in functions}

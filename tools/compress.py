@@ -17,12 +17,13 @@ import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Dict, List
+from typing import Callable, Dict, List
 
 import torch
 from mmengine.config import Config
 from torch import nn
 
+from mmseg_msvit.gates.from_outside import deciding_by
 from mmseg_msvit.labels import ids_in, one_class
 from mmseg_msvit.measuring.inspection import check_one_pass
 from mmseg_msvit.tooling.command_line import (
@@ -55,6 +56,7 @@ from mmseg_msvit.tooling.dense_pass import find_images, find_val_images, gather
 from mmseg_msvit.tooling.gate_fitting import fit
 from mmseg_msvit.tooling.models import load_config, load_model
 from mmseg_msvit.tooling.testset import FileReader
+from mmseg_msvit.versions import BEFORE_TORCH_26
 from mmseg_msvit.weights.whole_models import OF_GATES
 
 # A further gate is fitted only if less than this part of the minutes is over.
@@ -138,9 +140,13 @@ def main() -> None:
     parser.add_argument('--val-limit', type=positive, default=500, help='of validation images, at most')
     parser.add_argument('--minutes', type=float, default=30, help='after which it ends with what is known')
     parser.add_argument('--steps', type=positive, default=1000, help='of fitting a gate, each of 8 images')
+    parser.add_argument('--runtime', choices=('torch', 'onnx', 'onnx-int8'), default='torch', help='what is timed')
     parser.add_argument('--device', default=DEVICE)
     args = parser.parse_args()
     started = time.monotonic()
+    if args.runtime != 'torch':
+        check_runtime()
+        args.device = 'cpu'
     args.target = sorted(set(args.target), reverse=True)
     if not all(0 < target < 1 for target in args.target):
         raise InputError(f'--target: wanted shares of the cost, in (0, 1), got {args.target}')
@@ -158,6 +164,7 @@ def main() -> None:
     claim(
         args.out / MARK, checkpoint=file_digest(args.checkpoint), config=digest(config.pretty_text), of=args.of,
         images=str(args.images), limit=args.limit, val_limit=args.val_limit, steps=args.steps, device=args.device,
+        runtime=args.runtime,
     )  # fmt: skip
     notes, gates, models = [], Gates(args, config, dense, reader), {DENSE: dense}
     try:
@@ -166,10 +173,12 @@ def main() -> None:
     except InputError as error:
         notes.append(f'smaller images alone are searched, no gate: {error}')
         models[SMALLER] = dense
+    if args.runtime != 'torch' and models[SMALLER] is dense:
+        raise InputError(f'--runtime: wanted torch, since this model is not exported here: {notes[0]}')
     labelled = None not in truths
     trials = Trials(
         models, reader, images, truths if labelled else None, args.of, chosen, args.out / 'measured.json',
-        started + 60 * args.minutes,
+        started + 60 * args.minutes, None if args.runtime == 'torch' else partial(in_file, args, config, models),
     )  # fmt: skip
     check_one_pass(dense, reader.read(images[0])[0])
     if labelled:
@@ -183,6 +192,9 @@ def main() -> None:
         )
     if models[SMALLER] is not dense:
         for name, way in WAYS.items():
+            if args.runtime == 'onnx-int8' and way.gate == 'glance':
+                notes.append(f'{name} was not tried: it looks through the blocks, and would change in int8')
+                continue
             if way.most < min(args.target) or (not labelled and way != next(iter(WAYS.values()))):
                 continue
             late = time.monotonic() > started + 60 * args.minutes * FOR_GATES
@@ -224,11 +236,37 @@ def main() -> None:
             else '',
         ]
         for row in rows(trials)
+        if row['images'] >= min(SCREENED, len(images))
     ]
     print_table('against the dense model', ['images', 'time', 'MACs', 'mIoU (95 % interval)'], table)
     for each in found:
         print(f'{each.target:g} of the {args.of}: {sentence(trials, each)}')
     print(f'{args.out}/report.html; {", ".join(f"{folder}/config.py" for folder in folders.values())}')
+
+
+def in_file(args: argparse.Namespace, config: Config, models: Dict[str, nn.Module], way: str, size: float) -> Callable:
+    """What :class:`.Trials` runs in a model's place: its exported file, which is made where it is not there yet."""
+    from mmseg_msvit.tooling.export import export_onnx, metadata, save_onnx
+    from mmseg_msvit.tooling.exported import through_file
+
+    path = args.out / 'onnx' / f'{way.replace(", ", " ").replace(" ", "_")}_{size:g}.onnx'
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        with deciding_by(models[way], 1.0, input_scale=size):
+            graph = export_onnx(models[way])
+        save_onnx(graph, path, metadata(models[way], config), args.runtime == 'onnx-int8')
+    return through_file(path, torch.get_num_threads())
+
+
+def check_runtime() -> None:
+    """Refuses an environment in which nothing is exported."""
+    if BEFORE_TORCH_26:
+        raise InputError(f'--runtime: wanted torch 2.6 or later for ONNX, got {torch.__version__}')
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(f'--runtime: wanted the packages of mmseg_msvit[export], got {error}') from error
 
 
 def save(config, dense, models, changes, trials: Trials, found: Found, folder: Path) -> None:

@@ -11,7 +11,7 @@ import math
 import time
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..gates.from_outside import deciding_by
 from ..labels import IGNORE_INDEX
-from ..measuring.flops import HeadMacs, add_up, dense_cost, of_windows, operator_macs, pass_costs
+from ..measuring.flops import HeadMacs, add_up, dense_cost, inference_cost, of_windows, operator_macs, pass_costs
 from ..measuring.inspection import record_tokens
 from ..tokens.selection import TokenSelector
 from ..tokens.token_map import Grid, region_grid, shrunk_grid
@@ -98,8 +98,8 @@ class Contender:
         return cls(way, float(size), float(threshold))
 
     def __str__(self) -> str:
-        at = '' if self.size == 1 else f' at {self.size:.0%}'
-        return f'images{at}' if self.way == SMALLER else f'{self.way}, images{at or " whole"}'
+        at = 'whole' if self.size == 1 else f'at {self.size:.0%}'
+        return f'{self.way}, {at}' if self.way == SMALLER else f'{self.way}, images {at}'
 
 
 @dataclass
@@ -109,13 +109,14 @@ class Entry:
     Attributes:
         way: as of a :class:`Contender`.
         size: of the images; None where it is the free number.
-        factor: measured cost over estimated MACs.
+        slope: what is saved of the cost, over what is saved of the estimated MACs. Much of an image's time is the same
+            for all sizes and tokens, the dense model's among them: costs lie on a line through it.
         contender: as it is now.
     """
 
     way: str
     size: Optional[float] = None
-    factor: float = 1.0
+    slope: float = 1.0
     contender: Optional[Contender] = None
 
 
@@ -144,6 +145,8 @@ class Trials:
         chosen: ids of the classes whose mean IoU decides.
         file: for the measurements, JSON.
         deadline: of ``time.monotonic``, after which :class:`OutOfTime` is raised.
+        runtime: gives, for a way and a size of images, what runs in the place of that segmentor's passes, a function of
+            a batch and a threshold; None for torch.
     """
 
     def __init__(
@@ -156,6 +159,7 @@ class Trials:
         chosen: Sequence[int],
         file: Path,
         deadline: float,
+        runtime: Optional[Callable[[str, float], Callable[[Tensor, float], Tensor]]] = None,
     ):
         self.models, self.reader, self.images, self.truths = models, reader, images, truths
         self.of, self.chosen, self.file, self.deadline = of, list(chosen), file, deadline
@@ -163,6 +167,7 @@ class Trials:
         # Any first part of this order is spread over all images.
         self.order = np.random.default_rng(0).permutation(len(images)).tolist()
         self.warm, self.heads, self.windows, self.plain_macs = set(), {}, {}, {}
+        self.runtime = runtime and lru_cache(maxsize=None)(runtime)
 
     def measure(self, contenders: Sequence[Contender], count: int, title: str) -> None:
         """Runs the first so many images through contenders that have not seen them yet, in turns with the dense model.
@@ -189,9 +194,10 @@ class Trials:
         with about(self.images[i]):
             dense = Contender(DENSE)
             for contender in (dense, *contenders):
-                if contender.way not in self.warm:  # its first pass is slower
+                which = (contender.way, contender.size) if self.runtime else contender.way
+                if which not in self.warm:  # its first pass is slower
                     self._run(contender, i)
-                    self.warm.add(contender.way)
+                    self.warm.add(which)
             seconds, answer, labels, costs = self._run(dense, i)
             truth = answer if labels is None else labels
             whole = {f'dense_{key}': value for key, value in dict(costs, seconds=seconds).items()}
@@ -212,6 +218,13 @@ class Trials:
     def predict(self, contender: Contender, batch: dict) -> list:
         """What a contender's segmentor makes of a batch."""
         model = self.models[contender.way]
+        if self.runtime:
+            run = self.runtime(SMALLER if contender.way == DENSE else contender.way, contender.size)
+            model.encode_decode = lambda inputs, metas: run(inputs, contender.threshold)
+            try:
+                return model.test_step(batch)
+            finally:
+                del model.encode_decode
         if contender.way == DENSE or not isinstance(model.backbone, MixedScale):
             return model.test_step(batch)
         with deciding_by(model, contender.threshold, input_scale=contender.size):
@@ -227,7 +240,11 @@ class Trials:
             with record_tokens(model) as seen:
                 seconds, (sample,) = timed(partial(self.predict, contender), batch, device)
             heads = self._heads(contender.way)
-            costs = add_up([each for tokens, _ in seen for each in pass_costs(model.backbone, tokens, heads)])
+            if self.runtime:  # whose tokens are not seen
+                with deciding_by(model, contender.threshold, input_scale=contender.size):
+                    costs = inference_cost(model, heads, deepcopy(data))
+            else:
+                costs = add_up([each for tokens, _ in seen for each in pass_costs(model.backbone, tokens, heads)])
         else:
             seconds, (sample,) = timed(model.test_step, batch, device)
             costs = {}
@@ -317,7 +334,7 @@ class Trials:
 
     def aim(self, entry: Entry, target: float) -> bool:
         """Gives an entry the contender that costs as much of the target as can be; whether there is one."""
-        most = target / entry.factor
+        most = 1 - (1 - target) / entry.slope if entry.slope > 0 else -1.0
         if entry.way == SMALLER:
             sizes = [round(SMALLEST + 0.005 * i, 3) for i in range(round((1 - SMALLEST) / 0.005) + 1)]
             fitting = [size for size in sizes if self._of_smaller(size) <= most]
@@ -461,11 +478,17 @@ def _aimed_again(trials: Trials, entries: Sequence[Entry], target: float) -> Lis
     for entry in entries:
         cost = trials.cost(entry.contender)
         if abs(cost / target - 1) > NEAR:
-            entry.factor = cost / trials.estimate(entry.contender)
+            entry.slope = _slope(trials, entry.contender)
             if not trials.aim(entry, target):
                 continue
         found.append(entry)
     return found
+
+
+def _slope(trials: Trials, contender: Contender) -> float:
+    """By what a contender's cost turned out to be."""
+    estimate = trials.estimate(contender)
+    return (1 - trials.cost(contender)) / (1 - estimate) if estimate < 1 else 1.0
 
 
 def _better_half(trials: Trials, entries: Sequence[Entry], keep: Entry) -> List[Entry]:
@@ -511,17 +534,17 @@ def measure_front(trials: Trials, found: Sequence[Found]) -> None:
     Raises:
         OutOfTime: the deadline has come.
     """
-    chosen = {}  # way -> part of the saving by smaller images, and factor
+    chosen = {}  # way -> part of the saving by smaller images, and slope
     for each in found:
         for contender in (each.best, each.smaller):
             if contender is not None:
                 part = min(1.0, max(0.0, 2 * math.log(contender.size) / math.log(each.target)))
-                chosen[contender.way] = part, trials.cost(contender) / trials.estimate(contender)
+                chosen[contender.way] = part, _slope(trials, contender)
     for cost in FRONT:
         if all(abs(cost - each.target) > APART for each in found):
             entries = [
-                Entry(way, None if way == SMALLER else round(cost ** (part / 2), 3), factor)
-                for way, (part, factor) in chosen.items()
+                Entry(way, None if way == SMALLER else round(cost ** (part / 2), 3), slope)
+                for way, (part, slope) in chosen.items()
             ]
             entries = [entry for entry in entries if trials.aim(entry, cost)]
             count = min(2 * SCREENED, len(trials.images))

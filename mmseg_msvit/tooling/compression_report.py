@@ -88,7 +88,7 @@ def draw(trials: Trials, found: Sequence[Found]) -> Figure:
     )  # fmt: skip
     axes.scatter([1], [0], color='black', marker='s', zorder=3, label='dense')
     axes.axhline(0, color='black', lw=0.8)
-    axes.set(xlabel=f'share {UNITS[trials.of]} of the dense model', ylabel='mIoU against dense', xlim=(0, 1.05))
+    axes.set(xlabel=f'share {UNITS[trials.of]} of the dense model', ylabel='mIoU against dense')
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure

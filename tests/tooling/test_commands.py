@@ -14,7 +14,7 @@ LINES = [line for block in BLOCKS for line in block.replace('\\\n', ' ').splitli
 WORDS = [shlex.split(line, comments=True) for line in LINES]
 OF_TOOLS = sorted({tuple(words[1:]) for words in WORDS if words[:1] == ['python'] and words[1].startswith('tools/')})
 # A server, and what takes minutes: they have tests of their own.
-ELSEWHERE = ('lab/arena.py', 'demo.py', 'fit_gate.py')
+ELSEWHERE = ('lab/arena.py', 'demo.py', 'fit_gate.py', 'compress.py')
 
 
 class Taken(Exception):

@@ -255,3 +255,23 @@ def test_a_target_that_its_measured_cost_misses_is_aimed_at_again(dense, config,
         InputError, match=r'--target: wanted at least 0\.\d\d, the smallest that is known to be met, got'
     ):
         search(trials, 0.21)
+
+
+@pytest.mark.slow
+def test_files_run_in_the_models_place(labelled, dense, few, tool, tmp_path, monkeypatch):
+    """The exported files give the answers that torch gives, at the same cost in MACs."""
+    pytest.importorskip('onnxscript')
+    monkeypatch.setattr(compression, 'PARTS', (0.0,))
+    monkeypatch.setattr(compression, 'FRONT', ())
+    rows = {}
+    for runtime in ('torch', 'onnx'):
+        out = tmp_path / runtime
+        options = '--target', 0.8, '--steps', 20, '--runtime', runtime
+        assert tool('compress.py', *dense, '--out', out, *OPTIONS, *options) is None
+        rows[runtime] = {row['key']: row for row in json.loads((out / 'report.json').read_text())['rows']}
+    assert rows['torch'].keys() == rows['onnx'].keys() and len(rows['onnx']) >= 2
+    for key, row in rows['torch'].items():
+        assert rows['onnx'][key]['macs'] == row['macs']
+        assert rows['onnx'][key]['miou'] == pytest.approx(row['miou'], abs=0.1)
+    files = {path.name for path in (tmp_path / 'onnx/onnx').iterdir()}
+    assert {'smaller_images_1.onnx', 'context_gate_1.onnx'} <= files
