@@ -4,10 +4,11 @@ from . import versions  # noqa: F401  # isort: split  (before mmseg, which fails
 from .engine.hooks import DenseFirstHook, GateLossHook, TokenMapHook, ViTWeightsHook
 from .engine.optim import MSViTLayerDecayConstructor
 from .gates.doubt import DoubtLoss
-from .gates.gate import FixedGate, RandomGate, VarianceGate
+from .gates.gate import FixedGate, RandomGate
 from .gates.learned import ContextGate, GlanceGate, MLPGate
 from .gates.losses import BatchShapingLoss, GeneralizedBatchShapingLoss, TokenBudgetLoss
 from .gates.purity import PurityLoss
+from .gates.scores import EntropyGate, FrequencyGate, GradientGate, ReconstructionGate, VarianceGate
 from .loading import load_backbone
 from .measuring.flops import pass_costs
 from .measuring.inspection import record_tokens
@@ -23,10 +24,13 @@ __all__ = [
     'ContextGate',
     'DenseFirstHook',
     'DoubtLoss',
+    'EntropyGate',
     'FixedGate',
+    'FrequencyGate',
     'GateLossHook',
     'GeneralizedBatchShapingLoss',
     'GlanceGate',
+    'GradientGate',
     'MLPGate',
     'MSBEiT',
     'MSMAE',
@@ -34,6 +38,7 @@ __all__ = [
     'MSViTLayerDecayConstructor',
     'PurityLoss',
     'RandomGate',
+    'ReconstructionGate',
     'TokenBudgetLoss',
     'TokenLinearHead',
     'TokenMapHook',

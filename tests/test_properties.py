@@ -34,6 +34,10 @@ GATES = {
     'context': dict(type='ContextGate', init_coarse=0.5),
     'glance': dict(type='GlanceGate', blocks=1, init_coarse=0.5),
     'variance': dict(type='VarianceGate'),
+    'entropy': dict(type='EntropyGate', coarse_ratio=None),
+    'frequency': dict(type='FrequencyGate'),
+    'gradient': dict(type='GradientGate', coarse_ratio=None, at=0.5),
+    'reconstruction': dict(type='ReconstructionGate'),
 }
 SIDES = [(1, 2), (1, 3), (1, 2, 4), (1, 2, 6), (1, 2, 4, 8)]
 TOLERANCE = {torch.float32: dict(rtol=1e-4, atol=1e-4), torch.float64: dict(rtol=1e-9, atol=1e-9)}

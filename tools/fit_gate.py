@@ -43,7 +43,8 @@ def main() -> None:
         '--gate',
         choices=tuple(KINDS),
         default='context',
-        help="context: sees pixels around each region; glance: what the ViT's first blocks make of them; mlp: a region",
+        help="context: sees pixels around each region; glance: what the ViT's first blocks make of them; mlp: a "
+        'region; the others are not fitted: they score the pixels of a region by hand',
     )
     parser.add_argument('--budget', type=float, default=0.6, help='share of the dense tokens that is kept on average')
     parser.add_argument('--full-size', action='store_true', help='save tokens by coarse regions alone')

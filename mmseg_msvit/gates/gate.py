@@ -2,18 +2,16 @@
 
 A gate takes images padded to whole regions, and their region grid, and returns float32 logits (B, hc, wc). Whether a
 region is coarse is decided from the logit by the backbone's token selector. A backbone of several coarse levels has a
-gate for each, and asks them from the coarsest down. Here are what all of them share, and those that learn nothing.
+gate for each, and asks them from the coarsest down. Here are what all of them share, and those that see nothing.
 """
 
 from typing import Callable, Optional, Tuple, Union
 
 import torch
-import torch.nn.functional as F
 from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from ..tokens.embedding import patchify
 from ..tokens.tracing import first
 
 # A decided gate's logit: sigmoid(20) is 1 - 2e-9, so that it is beyond any threshold that one would set.
@@ -131,7 +129,7 @@ class FixedGate(ForcedGate):
         return images.new_full((images.shape[0], *grid), CERTAIN if self.coarse else -CERTAIN, dtype=torch.float32)
 
 
-def _sure(order: Tensor, limit: Union[float, Tensor], end: int) -> Tensor:
+def sure(order: Tensor, limit: Union[float, Tensor], end: int) -> Tensor:
     """Logits of regions that stand in an order from 0 to ``end``: coarse below a limit, and the surer the farther off.
 
     All are sure. That they differ is for a ``token_budget``, which takes equal ones in the order of their places.
@@ -139,7 +137,12 @@ def _sure(order: Tensor, limit: Union[float, Tensor], end: int) -> Tensor:
     return torch.where(order < limit, CERTAIN, -CERTAIN) * (1 + (order - limit).abs() / end) / 2
 
 
-def _check_ratio(coarse_ratio: float) -> float:
+def check_ratio(coarse_ratio: float) -> float:
+    """The ratio, which is one.
+
+    Raises:
+        ValueError: it is not in [0, 1].
+    """
     if not 0 <= coarse_ratio <= 1:
         raise ValueError(f'coarse_ratio must be in [0, 1], got {coarse_ratio}')
     return coarse_ratio
@@ -155,33 +158,8 @@ class RandomGate(ForcedGate):
 
     def __init__(self, *args, coarse_ratio: float = 0.5, **kwargs):
         super().__init__(*args, **kwargs)
-        self.coarse_ratio = _check_ratio(coarse_ratio)
+        self.coarse_ratio = check_ratio(coarse_ratio)
 
     def forward(self, images: Tensor, grid: Tuple[int, int], left: Optional[Tensor] = None) -> Tensor:
         coin = torch.rand(images.shape[0], *grid, device=images.device)
-        return _sure(coin, self.coarse_ratio, 1)
-
-
-@MODELS.register_module()
-class VarianceGate(ForcedGate):
-    """Hand-made: the regions of an image whose pixels vary least are coarse.
-
-    Args:
-        coarse_ratio: the share of an image's regions that are coarse, at each level of those that are left, rounded to
-            whole regions.
-    """
-
-    def __init__(self, *args, coarse_ratio: float = 0.5, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.coarse_ratio = _check_ratio(coarse_ratio)
-
-    def forward(self, images: Tensor, grid: Tuple[int, int], left: Optional[Tensor] = None) -> Tensor:
-        self.check(images, grid)
-        pixels = patchify(images.float(), self.region).unflatten(-1, (self.in_channels, -1))  # (B, hc, wc, C, R * R)
-        variance = pixels.var(-1, correction=0).mean(-1).flatten(1)  # (B, hc * wc)
-        place = variance.argsort(dim=1, stable=True).argsort(dim=1)  # in the order of all regions
-        left = torch.ones_like(place, dtype=torch.bool) if left is None else left.flatten(1)
-        count = (self.coarse_ratio * left.sum(1, keepdim=True)).round().long()  # (B, 1), of those that are left
-        end = place.shape[1]
-        ends = F.pad(torch.where(left, place, end).sort(1).values, (0, 1), value=end)  # places of those, in order
-        return _sure(place, ends.gather(1, count), end).unflatten(1, grid)
+        return sure(coin, self.coarse_ratio, 1)

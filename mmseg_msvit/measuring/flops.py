@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..gates.gate import VarianceGate
+from ..gates.scores import VarianceGate
 from ..tokens.selection import TokenSelector
 from ..tokens.token_map import Grid, TokenMap, region_grid, shrunk_grid
 from ..versions import unfused_attention

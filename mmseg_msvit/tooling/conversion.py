@@ -15,6 +15,8 @@ from mmseg.registry import MODELS
 from torch import nn
 
 from ..gates.gate import FixedGate
+from ..gates.learned import LearnedGate
+from ..gates.scores import ScoreGate
 from ..labels import Classes
 from ..vit.mixed_scale import MixedScale
 from ..weights.whole_models import OF_GATES
@@ -25,7 +27,10 @@ from .testset import place_of_resize, resize_step
 # The mixed-scale backbone that takes over a dense one's weights, by the dense one's class.
 STANDS_IN = {'VisionTransformer': 'MSViT', 'BEiT': 'MSBEiT', 'MAE': 'MSMAE'}
 STANDS_IN.update({kind: kind for kind in STANDS_IN.values()})
-KINDS = dict(context='ContextGate', glance='GlanceGate', mlp='MLPGate')
+KINDS = dict(
+    context='ContextGate', glance='GlanceGate', mlp='MLPGate', variance='VarianceGate', entropy='EntropyGate',
+    reconstruction='ReconstructionGate', gradient='GradientGate', frequency='FrequencyGate',
+)  # fmt: skip
 # A gate that looks through blocks does so through one in so many of the ViT's, which cost a twentieth of all.
 BLOCKS_PER_GLANCED = 4
 # What a converted model's folder holds, and the words in its config by which it is known.
@@ -86,7 +91,12 @@ def convert(config: Config, dense: nn.Module, gate: Optional[str], scales: Seque
     changes = dict(type=STANDS_IN[type(dense.backbone).__name__], scales=tuple(scales))
     if changes['type'] == 'MSViT' and not isinstance(dense.backbone, MixedScale):
         changes['patch_bias'] = True  # zero where the dense one has none; pretrained files have one, which mmseg drops
-    changes['gate'] = dict(type=KINDS[gate], frozen=True) if gate else dict(type='FixedGate')
+    kind = MODELS.get(KINDS[gate]) if gate else FixedGate
+    changes['gate'] = dict(type=kind.__name__)
+    if issubclass(kind, LearnedGate):
+        changes['gate']['frozen'] = True
+    if issubclass(kind, ScoreGate):
+        changes['gate']['coarse_ratio'] = None
     if gate == 'glance':
         changes['gate']['blocks'] = max(1, len(dense.backbone.layers) // BLOCKS_PER_GLANCED)
     kept = {name: value for name, value in own.items() if name not in ('gate', *changes)}
@@ -156,13 +166,14 @@ def write(config: Config, model: nn.Module, changes: dict, classes: Classes, out
         f'model = dict(backbone={backbone!r})',
         f'load_from = {fitted!r}',
     ]
-    gate = dict(init_cfg=dict(type='Pretrained', checkpoint=fitted, prefix='backbone.gate.'))
+    learned = isinstance(model.backbone.gate, LearnedGate)
+    weights = dict(init_cfg=dict(type='Pretrained', checkpoint=fitted, prefix='backbone.gate.')) if learned else {}
     hooks = [*map(dict, config.get('custom_hooks') or []), dict(type='DenseFirstHook')]
     anew = [
         '# config.py to be trained from the weights that its base begins with, dense for the first half of the',
         '# steps; the gate stays as it is.',
         "_base_ = './config.py'",
-        f'model = dict(backbone=dict(gate={gate!r}))',
+        f'model = dict(backbone=dict(gate={weights!r}))',
         f'custom_hooks = {hooks!r}',
         f'load_from = {config.get("load_from")!r}',
     ]

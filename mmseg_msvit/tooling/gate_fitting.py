@@ -71,6 +71,8 @@ def shared_size(budget: float) -> float:
 def fit(model: nn.Module, examples: List[Example], windows: List[Window], budget: float, steps: int) -> None:
     """Trains the gates of a converted model, and nothing else of it, to foresee the doubt about each region.
 
+    Gates without weights are left as they are.
+
     Args:
         model: by :func:`.conversion.convert`.
         examples: by :func:`.dense_pass.gather`.
@@ -79,6 +81,8 @@ def fit(model: nn.Module, examples: List[Example], windows: List[Window], budget
         steps: of the optimizer, each of ``BATCH`` windows.
     """
     backbone, rng = model.backbone, np.random.default_rng(0)
+    if not any(True for gate in backbone.gates for _ in gate.parameters()):
+        return
     doubts = []
     for window in windows:
         doubt, known = region_doubt(window.shares[None], backbone.sides[1])

@@ -225,6 +225,21 @@ def test_other_ways_to_fit(folder, fit, tmp_path):
     assert not torch.equal(*(w['backbone.gate.head.weight'] for w in weights))
 
 
+@pytest.mark.parametrize('gate', ['entropy', 'frequency'])
+def test_a_score_by_hand_gets_its_threshold_alone(gate, folder, fit, tmp_path):
+    assert fit('--gate', gate, '--out', tmp_path, '--full-size', '--budget', 0.7) is None
+    config = load_config(str(tmp_path / 'config.py'))
+    kind = {'entropy': 'EntropyGate', 'frequency': 'FrequencyGate'}[gate]
+    assert config.model.backbone.gate.type == kind and config.model.backbone.gate.coarse_ratio is None
+    model = init_model(config, str(tmp_path / 'checkpoint.pth'), device='cpu')
+    shares = [found[0] for found in look(model, folder, tmp_path / 'config.py', 'train')]
+    assert 0.6 < np.mean(shares) <= 0.7 and np.std(shares) > 0
+    anew = load_config(str(tmp_path / 'train.py'))
+    model = MODELS.build(anew.model)
+    assert type(model.backbone.gate).__name__ == kind and not model.backbone.gate_learns
+    assert any(hook.type == 'DenseFirstHook' for hook in anew.custom_hooks)
+
+
 def test_what_cannot_be_fitted_is_said_in_one_line_and_leaves_nothing(folder, fit, tmp_path):
     out = tmp_path / 'out'
     assert fit('--out', out, '--budget', 1.5) == '--budget: wanted a share of the tokens, in (0, 1), got 1.5'

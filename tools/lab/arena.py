@@ -43,6 +43,7 @@ FITTED = {
     'glance': ('glance', 'mixed'),
     'mlp': ('mlp', 'mixed'),
     'context, labels': ('context', 'labels'),
+    **{name: (name, 'mixed') for name in ('entropy', 'reconstruction', 'gradient', 'frequency')},
 }
 # Sizes of the images for a budget; the second is that of tools/fit_gate.py.
 SIZES = dict(whole=lambda budget: 1.0, shared=shared_size)
