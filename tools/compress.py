@@ -46,12 +46,13 @@ from mmseg_msvit.tooling.compression import (
     Found,
     OutOfTime,
     Trials,
+    Way,
     by_rule,
     measure_front,
     search,
 )
 from mmseg_msvit.tooling.compression_report import page, rows, sentence
-from mmseg_msvit.tooling.conversion import check_out, convert, dense_backbone, write, write_smaller
+from mmseg_msvit.tooling.conversion import check_out, convert, dense_backbone, head_on_tokens, write, write_smaller
 from mmseg_msvit.tooling.dense_pass import find_images, find_val_images, gather
 from mmseg_msvit.tooling.gate_fitting import fit
 from mmseg_msvit.tooling.models import load_config, load_model
@@ -85,11 +86,12 @@ class Gates:
 
     def model(self, name: str) -> nn.Module:
         """The segmentor of a way, by its name."""
-        gate, levels = (None, 2) if name == SMALLER else (WAYS[name].gate, WAYS[name].levels)
+        way = WAYS.get(name, Way(None))
         torch.manual_seed(0)  # a gate's first weights
-        scales = [self.dense.backbone.patch_size * 2**level for level in range(levels)]
-        model, self.changes[name] = convert(self.config, self.dense, gate, scales)
-        if gate is None:
+        scales = [self.dense.backbone.patch_size * 2**level for level in range(way.levels)]
+        on_tokens = way.on_tokens or (way.gate is not None and head_on_tokens(self.dense) == 'TokenLinearHead')
+        model, self.changes[name] = convert(self.config, self.dense, way.gate, scales, on_tokens)
+        if way.gate is None:
             return model
         file = self.file(name)
         if not file.exists():
@@ -196,6 +198,8 @@ def main() -> None:
                 notes.append(f'{name} was not tried: it looks through the blocks, and would change in int8')
                 continue
             if way.most < min(args.target) or (not labelled and way != next(iter(WAYS.values()))):
+                continue
+            if way.on_tokens and head_on_tokens(dense) != 'TokenSegmenterHead':
                 continue
             late = time.monotonic() > started + 60 * args.minutes * FOR_GATES
             if late and len(models) > 2 and not gates.file(name).exists():

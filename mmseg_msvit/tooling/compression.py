@@ -45,11 +45,14 @@ class Way(NamedTuple):
         gate: one of :data:`.conversion.KINDS`.
         levels: how many scales tokens have.
         most: the highest target at which it is tried.
+        on_tokens: whether a mask head reads tokens, and so answers otherwise; a linear one always does, and answers
+            the same.
     """
 
-    gate: str
+    gate: Optional[str]
     levels: int = 2
     most: float = 1.0
+    on_tokens: bool = False
 
 
 # Another way is a line here.
@@ -57,6 +60,7 @@ WAYS = {
     'context gate': Way('context'),
     'glance gate': Way('glance'),
     'context gate, 3 scales': Way('context', 3, 0.4),
+    'context gate, head on tokens': Way('context', on_tokens=True),
 }
 # Of what a gate's contender saves, such a part comes from smaller images.
 PARTS = (0.0, 0.25, 0.5, 0.75)

@@ -11,6 +11,7 @@ from typing import Dict, Optional, Sequence, Tuple
 
 import torch
 from mmengine.config import Config, ConfigDict
+from mmseg.models.decode_heads import FCNHead, SegmenterMaskTransformerHead
 from mmseg.registry import MODELS
 from torch import nn
 
@@ -67,7 +68,20 @@ def dense_backbone(model: nn.Module, path: str) -> nn.Module:
     return backbone
 
 
-def convert(config: Config, dense: nn.Module, gate: Optional[str], scales: Sequence[int]) -> Tuple[nn.Module, dict]:
+def head_on_tokens(dense: nn.Module) -> Optional[str]:
+    """The head over tokens that takes over a segmentor's weights; None where there is none, or others read its grid."""
+    head, backbone = dense.decode_head, dense.backbone
+    alone = not dense.with_neck and not dense.with_auxiliary_head and not getattr(backbone, 'out_origin', False)
+    if not alone or len(backbone.out_indices) > 1 or getattr(backbone, 'output_cls_token', False):
+        return None
+    if type(head) is FCNHead and head.num_convs == 0 and not head.concat_input and head.input_transform is None:
+        return 'TokenLinearHead'
+    return 'TokenSegmenterHead' if type(head) is SegmenterMaskTransformerHead else None
+
+
+def convert(
+    config: Config, dense: nn.Module, gate: Optional[str], scales: Sequence[int], on_tokens: bool = False
+) -> Tuple[nn.Module, dict]:
     """The segmentor with a mixed-scale backbone in the dense one's place, gates at their first values.
 
     Args:
@@ -75,6 +89,7 @@ def convert(config: Config, dense: nn.Module, gate: Optional[str], scales: Seque
         dense: that segmentor.
         gate: one of ``KINDS``; None for all tokens fine, as where images alone are to be smaller.
         scales: pixels along a token's side.
+        on_tokens: whether the head becomes the one that :func:`head_on_tokens` names.
 
     Returns:
         The model in evaluation mode, and what the config's backbone becomes.
@@ -99,9 +114,13 @@ def convert(config: Config, dense: nn.Module, gate: Optional[str], scales: Seque
         changes['gate']['coarse_ratio'] = None
     if gate == 'glance':
         changes['gate']['blocks'] = max(1, len(dense.backbone.layers) // BLOCKS_PER_GLANCED)
+    head = {}
+    if on_tokens:
+        changes['out_type'] = 'tokens'
+        head = dict(decode_head={**config.model.decode_head, 'type': head_on_tokens(dense)})
     kept = {name: value for name, value in own.items() if name not in ('gate', *changes)}
     try:
-        model = MODELS.build(ConfigDict({**config.model, 'backbone': {**kept, **changes}}))
+        model = MODELS.build(ConfigDict({**config.model, 'backbone': {**kept, **changes}, **head}))
     except ValueError as error:
         raise InputError(f'--scales: {error}') from error
     loaded = model.load_state_dict(dense.state_dict(), strict=False)
@@ -158,12 +177,13 @@ def write(config: Config, model: nn.Module, changes: dict, classes: Classes, out
     fitted = '{{ fileDirname }}/checkpoint.pth'
     imports = (config.get('custom_imports') or {}).get('imports') or []
     imports = [name for name in ([imports] if isinstance(imports, str) else imports) if name != 'mmseg_msvit']
+    head = f', decode_head=dict(type={type(model.decode_head).__name__!r})' if 'out_type' in changes else ''
     what = f'{SIGNATURE}. A higher threshold is more tokens.' if gated else ON_SMALLER
     lines = [
         f'# {Path(base).name} {what}',
         f'_base_ = {base!r}',
         f'custom_imports = dict(imports={[*imports, "mmseg_msvit"]}, allow_failed_imports=False)',
-        f'model = dict(backbone={backbone!r})',
+        f'model = dict(backbone={backbone!r}{head})',
         f'load_from = {fitted!r}',
     ]
     learned = isinstance(model.backbone.gate, LearnedGate)

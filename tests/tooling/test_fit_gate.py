@@ -17,11 +17,12 @@ from mmseg.apis import inference_model, init_model
 from mmseg.registry import MODELS
 
 from mmseg_msvit.gates.doubt import class_shares, region_doubt
+from mmseg_msvit.labels import Classes
 from mmseg_msvit.measuring.inspection import record_tokens
-from mmseg_msvit.tooling.conversion import convert
+from mmseg_msvit.tooling.conversion import convert, head_on_tokens, write
 from mmseg_msvit.tooling.dense_pass import Window
 from mmseg_msvit.tooling.gate_fitting import between, find_threshold, shared_size
-from mmseg_msvit.tooling.models import load_config
+from mmseg_msvit.tooling.models import load_config, load_model
 from mmseg_msvit.tooling.testset import FileReader
 from mmseg_msvit.tooling.toy_scenes import scene
 
@@ -223,6 +224,38 @@ def test_other_ways_to_fit(folder, fit, tmp_path):
     assert fit('--out', tmp_path / 'labels', '--target', 'labels', '--steps', 2, '--limit', 5) is None
     weights = [torch.load(tmp_path / name / 'checkpoint.pth')['state_dict'] for name in ('folder', 'labels')]
     assert not torch.equal(*(w['backbone.gate.head.weight'] for w in weights))
+
+
+def test_a_head_goes_over_to_tokens_with_its_weights(folder, tmp_path):
+    """Segmenter's answers are the dense model's where all tokens are fine; a linear head's are the grid's for any."""
+    images, metas = torch.randn(2, 3, SIZE, SIZE), [dict(img_shape=(SIZE, SIZE))]
+    for linear in (False, True):
+        config = load_config(str(folder / 'dense.py'))
+        if linear:
+            config.model.decode_head = dict(
+                type='FCNHead', in_channels=64, channels=64, num_convs=0, concat_input=False, num_classes=7
+            )
+            config.dump(str(tmp_path / 'linear.py'))
+            config = load_config(str(tmp_path / 'linear.py'))
+        dense = MODELS.build(config.model)
+        randomize(dense)
+        assert head_on_tokens(dense) == ('TokenLinearHead' if linear else 'TokenSegmenterHead')
+        model, changes = convert(config, dense.eval(), 'context', (16, 32), on_tokens=True)
+        grid, _ = convert(config, dense, 'context', (16, 32))
+        randomize(grid.backbone.gate)
+        model.backbone.gate.load_state_dict(grid.backbone.gate.state_dict())
+        with torch.no_grad():
+            for threshold in (1.0, 0.5) if linear else (1.0,):
+                model.backbone.select.threshold = grid.backbone.select.threshold = threshold
+                answers = [each.encode_decode(images, metas) for each in (model, grid)]
+                torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
+        write(config, model, changes, Classes.of(dense.decode_head, {}), tmp_path / str(linear))
+        written = load_config(str(tmp_path / str(linear) / 'config.py'))
+        again = load_model(written, str(tmp_path / str(linear) / 'checkpoint.pth'), 'cpu')
+        assert again.decode_head.state_dict().keys() == dense.decode_head.state_dict().keys()
+        assert written.model.backbone.out_type == 'tokens'
+    dense.auxiliary_head = dense.decode_head
+    assert head_on_tokens(dense) is None
 
 
 @pytest.mark.parametrize('gate', ['entropy', 'frequency'])
