@@ -197,7 +197,7 @@ TOY_OPTIONS = {
     'model.backbone.embed_dims': 32,
     'model.backbone.num_heads': 2,
     'model.backbone.num_layers': 2,
-    'model.backbone.gate_loss.1.memory_size': 64,  # more for a training to keep
+    'model.backbone.gate_loss.1.warmup': 1,  # whose steps are counted: more for a training to keep
     'model.decode_head.in_channels': 32,
     'model.decode_head.embed_dims': 32,
     'model.decode_head.num_heads': 2,

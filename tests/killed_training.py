@@ -96,13 +96,13 @@ def attempt(scenes, folder, write=None, step=None):
 
 
 def checkpoint(folder):
-    """(step, maps in the memory of batch shaping) of the checkpoint that the next attempt resumes from."""
+    """(step, steps that a gate loss has counted) of the checkpoint that the next attempt resumes from."""
     file = folder / 'last_checkpoint'
     if not file.exists():
         return 0, 0
     saved = torch.load(file.read_text(), weights_only=False)
-    (memory,) = (tensor for name, tensor in saved['state_dict'].items() if name.endswith('memory'))
-    return saved['meta']['iter'], int((memory[:, 0, 0] >= 0).sum())
+    (counted,) = (tensor for name, tensor in saved['state_dict'].items() if name.endswith('steps'))
+    return saved['meta']['iter'], int(counted)
 
 
 def main(scenes, out):

@@ -154,12 +154,12 @@ def test_two_processes_train_and_one_goes_on(of_two_processes):
     first, second = spread(train, 2, config)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
-    (name,) = (name for name in first if name.endswith('memory'))
-    assert (first[name][:, 0, 0] >= 0).sum() == 4 * 2 * 2  # steps, ranks, images
+    (name,) = (name for name in first if name.endswith('steps'))
+    assert first[name] == 4
     config.merge_from_dict(dict(launcher='none', model_wrapper_cfg=None, resume=True))
     config.train_cfg.max_iters = 6
     resumed = train(config)
-    assert (resumed[name.removeprefix('module.')][:, 0, 0] >= 0).sum() == 4 * 2 * 2 + 2 * 2
+    assert resumed[name.removeprefix('module.')] == 6
 
 
 def losses_with_sync_bn():

@@ -10,7 +10,6 @@ from typing import Callable, ClassVar, Optional, Sequence, Tuple, Union
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_fn
-import torch.nn.functional as F
 from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from torch import Tensor, nn
@@ -18,11 +17,10 @@ from torch import Tensor, nn
 from ..tokens.positions import resample_table
 from ..tokens.selection import Decision
 from ..tokens.token_map import TokenMap
-from ..versions import before_load_state_dict
 from .distributions import beta_cdf, normal_cdf, relaxed_bernoulli_cdf
 
 
-def batch_shaping_loss(values: Tensor, cdf: Callable[[Tensor], Tensor], present: Optional[Tensor] = None) -> Tensor:
+def batch_shaping_loss(values: Tensor, cdf: Callable[[Tensor], Tensor]) -> Tensor:
     """Distance of a batch's values from a prior (Bejnordi, Blankevoort and Welling 2020).
 
     The mean over i and k of (i / (N + 1) - F(x_(i)k))^2, where x_(1)k <= ... <= x_(N)k are the values at position k.
@@ -30,17 +28,13 @@ def batch_shaping_loss(values: Tensor, cdf: Callable[[Tensor], Tensor], present:
     Args:
         values: (N, T), N samples at each of T positions, in [0, 1]; sorted here.
         cdf: takes the sorted values (N, T) to F of them, (N, T).
-        present: (N,) bool, which samples there are; None stands for all.
 
     Returns:
         Scalar.
     """
-    n, rank = len(values), torch.arange(1, len(values) + 1, device=values.device)
-    if present is not None:  # the absent ones sort behind all others: counting them needs no wait for the device
-        n, values = present.sum(), torch.where(present[:, None], values, 2.0)
-    empirical = rank / (n + 1)  # (N,) float32, as in the published code
-    distance = (empirical[:, None] - cdf(values.sort(dim=0).values)).square() * (rank <= n)[:, None]
-    return distance.sum() / (n * values.shape[1])
+    n = len(values)
+    empirical = torch.arange(1, n + 1, device=values.device) / (n + 1)  # (N,) float32, as in the published code
+    return (empirical[:, None] - cdf(values.sort(dim=0).values)).square().mean()
 
 
 def gather_batch(values: Tensor) -> Tensor:
@@ -170,12 +164,8 @@ class GeneralizedBatchShapingLoss(ShareLoss):
     which may differ in their number of images, not in their region grid. It wants at least two images there; with more
     of them the gate becomes surer. One is not enough to teach it that images differ.
 
-    It can have a memory of earlier values, too, which is part of a checkpoint. In the gradient, remembered values move
-    along with the mean of the batch's, as they would if the gate was asked again. If they stood still, a gate that does
-    not tell images apart yet would run past its target to the end: its new answers are all on one side of the
-    remembered ones, and a batch is shaped by spreading it. What they hold of the spread is still that of the past: to
-    be coarse everywhere for some steps and fine for some others is as good as to tell regions apart, and gates were
-    seen to do so (``docs/benchmarks.md``). So there is none by default.
+    It does not remember earlier batches: to be coarse everywhere for some steps and fine for some others would then be
+    as good as to tell regions apart, and gates were seen to do so (``docs/benchmarks.md``).
 
     Args:
         target_coarse: mean of the hyperprior: the wanted share of coarse regions.
@@ -184,7 +174,6 @@ class GeneralizedBatchShapingLoss(ShareLoss):
         temperature: first temperature of the priors.
         temperature_weight: factor of the penalty mean(tau^2), which keeps the priors bimodal; chosen here.
         hyperprior_weight: factor of the hyperprior's loss; chosen here.
-        memory_size: how many earlier maps are kept, each on the base grid by nearest neighbours.
     """
 
     default_name = 'loss_gbas'
@@ -195,19 +184,14 @@ class GeneralizedBatchShapingLoss(ShareLoss):
         temperature: float = 0.3,
         temperature_weight: float = 0.01,
         hyperprior_weight: float = 1.0,
-        memory_size: int = 0,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if not (spread > 0 and temperature > 0 and memory_size >= 0):
-            raise ValueError(
-                'spread and temperature must be positive and memory_size not negative, '
-                f'got {spread}, {temperature} and {memory_size}'
-            )
+        if not (spread > 0 and temperature > 0):
+            raise ValueError(f'spread and temperature must be positive, got {spread} and {temperature}')
         self.spread = spread
         self.temperature_weight = temperature_weight
         self.hyperprior_weight = hyperprior_weight
-        self.memory_size = memory_size
         positions = self.grid[0] * self.grid[1]
         # The means start where the hyperprior wants them, at its quantiles, dealt to the positions at random.
         order = torch.randperm(positions, generator=torch.Generator().manual_seed(0))
@@ -215,47 +199,17 @@ class GeneralizedBatchShapingLoss(ShareLoss):
         mean = float(self.target()) + spread * math.sqrt(2) * torch.erfinv(2 * quantile - 1)
         self.prior_mean_logit = nn.Parameter(mean.clamp(0.02, 0.98).logit().float().view(1, 1, *self.grid))
         self.prior_log_temperature = nn.Parameter(torch.full((1, 1, *self.grid), math.log(temperature)))
-        # (memory_size, gh, gw), latest first; -1 where nothing has been seen yet. Of one shape always: averaging hooks
-        # and checkpoints copy buffers into each other.
-        self.register_buffer('memory', torch.full((memory_size, *self.grid), -1.0))
-        before_load_state_dict(self, GeneralizedBatchShapingLoss._fit_loaded_memory)
 
     def forward(self, logits: Tensor, data_samples: Sequence = ()) -> Tensor:
         m = gather_batch(logits.sigmoid())  # (n, hc, wc), of all ranks
         means = self.prior_mean_logit.sigmoid()
         temperatures = self.prior_log_temperature.exp()
         mean, temperature = (resample_table(p, m.shape[1:], 'bilinear').flatten() for p in (means, temperatures))
-        present = torch.cat((torch.ones_like(m[:, 0, 0]), self.memory[:, 0, 0])) >= 0  # (n + memory_size,)
-        together = m.mean(0)  # (hc, wc)
-        apart = m - together
-        # The loss is a mean over live and remembered values, in which a live one's gradient shrinks by the share of the
-        # live ones. For how they differ, that is undone here; their mean moves the remembered ones, too.
-        live = m + (apart - apart.detach()) * (present.sum() / len(m) - 1)
-        remembered = self._nearest(self.memory, m.shape[1:]) + (together - together.detach())
-        values = torch.cat((live, remembered))  # (n + memory_size, hc, wc)
-        prior = batch_shaping_loss(values.flatten(1), lambda x: relaxed_bernoulli_cdf(x, mean, temperature), present)
-        self.memory.copy_(torch.cat((self._nearest(m.detach(), self.grid), self.memory))[: self.memory_size])
+        prior = batch_shaping_loss(m.flatten(1), lambda x: relaxed_bernoulli_cdf(x, mean, temperature))
         target = self.target()
         hyperprior = batch_shaping_loss(means.view(-1, 1), lambda x: normal_cdf(x, target, self.spread))
         penalty = temperatures.square().mean()
         return self.loss_weight * (prior + self.hyperprior_weight * hyperprior + self.temperature_weight * penalty)
-
-    def begin(self) -> None:
-        super().begin()
-        self.memory.fill_(-1.0)
-
-    def _fit_loaded_memory(self, state_dict: dict, prefix: str, *args) -> None:
-        """Before any ``load_state_dict``: a memory of another size or grid is cut, filled up and resampled."""
-        loaded = state_dict.get(f'{prefix}memory', self.memory[:0])
-        maps = self._nearest(loaded.to(self.memory), self.grid)
-        state_dict[f'{prefix}memory'] = torch.cat((maps, torch.full_like(self.memory, -1)))[: self.memory_size]
-
-    @staticmethod
-    def _nearest(maps: Tensor, grid: Tuple[int, int]) -> Tensor:
-        """Maps (n, gh, gw) on another grid, whose values stay those of a distribution: none is a mixture."""
-        if not len(maps):
-            return maps.new_empty(0, *grid)
-        return F.interpolate(maps[None], size=tuple(grid), mode='nearest-exact')[0]
 
 
 @MODELS.register_module()

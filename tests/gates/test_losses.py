@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import build_msvit, hooked, sample, spread, tiny_segmentor
 from mmengine.config import Config
-from mmengine.model import ExponentialMovingAverage, StochasticWeightAverage, revert_sync_batchnorm
+from mmengine.model import ExponentialMovingAverage, revert_sync_batchnorm
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
@@ -114,7 +114,7 @@ def test_generalized_batch_shaping_reaches_every_parameter(grid):
 
 def test_generalized_batch_shaping_reaches_its_target():
     """Free logits and priors under the loss alone end near the target share, and differ between images."""
-    loss = build('GeneralizedBatchShapingLoss', target_coarse=0.3, memory_size=0)
+    loss = build('GeneralizedBatchShapingLoss', target_coarse=0.3)
     logits = (2 + 0.1 * torch.randn(64, 4, 4)).requires_grad_()
     optimizer = torch.optim.Adam([dict(params=[logits], lr=0.1), dict(params=loss.parameters(), lr=0.01)])
     for _ in range(400):
@@ -128,7 +128,7 @@ def test_generalized_batch_shaping_reaches_its_target():
 
 @pytest.mark.parametrize('seed', [0, 1])
 def test_a_gate_that_sees_few_new_images_a_step_holds_its_share(seed):
-    """With a memory of 64 maps it is fine everywhere for 50 steps and more."""
+    """A loss that remembers earlier batches makes it swing between none and all."""
     torch.manual_seed(seed)
     gate = MODELS.build(dict(type='MLPGate', embed_dims=32, region=8, in_channels=3, grid=(4, 4)))
     gate.init_weights()
@@ -145,47 +145,10 @@ def test_a_gate_that_sees_few_new_images_a_step_holds_its_share(seed):
     assert (windows - 0.5).abs().max() < 0.25
 
 
-def test_memory_makes_small_batches_a_larger_sample():
-    torch.manual_seed(0)
-    maps = torch.randn(8, 4, 4)
-    whole = build('GeneralizedBatchShapingLoss', memory_size=0)(maps)
-    remembering = build('GeneralizedBatchShapingLoss', memory_size=6)
-    for part in maps.split(2):
-        last = remembering(part)
-    torch.testing.assert_close(last, whole)
-    remembered = remembering.memory.clone()
-    assert torch.equal(remembered, torch.cat([part.sigmoid() for part in maps[2:].split(2)][::-1]))
-    remembering(torch.randn(2, 2, 2))  # another region grid: kept by nearest neighbours, of which none is a mixture
-    assert torch.equal(remembering.memory[2:], remembered[:4])
-    assert len(remembering.memory[0].unique()) == 4
-
-
-@pytest.mark.parametrize('batch', [1, 2, 8])
-def test_memory_leaves_the_gates_gradient_as_large_as_without_one(batch):
-    """On average over many batches: the rank of one value among others is a matter of chance."""
-    gate, prior = [], []
-    for memory in (0, 64):
-        loss = build('GeneralizedBatchShapingLoss', memory_size=memory, hyperprior_weight=0)
-        logits = (2 + 0.1 * torch.randn(192, 4, 4, generator=torch.Generator().manual_seed(1))).requires_grad_()
-        for i, part in enumerate(logits.split(batch)):
-            if i * batch == 128:  # the memory is full: what comes now counts
-                loss.zero_grad()
-            loss(part).backward()
-        gate.append(logits.grad[128:].mean().item())
-        prior.append(loss.prior_mean_logit.grad.mean().item())
-    assert gate[0] > 0 and gate[1] == pytest.approx(gate[0], rel=0.15)
-    assert prior[1] == pytest.approx(prior[0], rel=0.1)
-
-
 @pytest.mark.parametrize('first', [0.1, 0.9])
-@pytest.mark.parametrize('memory', [0, 64])
 @pytest.mark.parametrize('images', [1, 4])
-def test_a_gate_that_tells_no_images_apart_comes_to_the_target_and_stays(images, memory, first):
-    """If remembered values stood still, it would be told to leave them behind, and end at none or all coarse."""
-    loss, logit = (
-        build('GeneralizedBatchShapingLoss', memory_size=memory),
-        torch.nn.Parameter(torch.tensor(first).logit()),
-    )
+def test_a_gate_that_tells_no_images_apart_comes_to_the_target_and_stays(images, first):
+    loss, logit = build('GeneralizedBatchShapingLoss'), torch.nn.Parameter(torch.tensor(first).logit())
     optimizer = torch.optim.Adam([logit], lr=0.02)  # the priors stay where they are wanted
     shares = []
     for _ in range(400):
@@ -194,51 +157,6 @@ def test_a_gate_that_tells_no_images_apart_comes_to_the_target_and_stays(images,
         optimizer.step()
         shares.append(logit.sigmoid().item())
     assert all(0.35 < share < 0.65 for share in shares[200:]), shares[::20]
-
-
-def test_remembered_values_move_along_with_the_batch():
-    """Where the memory holds the batch itself, the gate's gradient is that of shaping both, each map moved twice."""
-    torch.manual_seed(0)
-    maps = torch.rand(6, 4, 4, dtype=torch.float64) * 0.8 + 0.1
-    loss = build('GeneralizedBatchShapingLoss', memory_size=6).double()
-    loss(maps.logit())
-    shift = torch.zeros(4, 4, dtype=torch.float64, requires_grad=True)
-    (found,) = torch.autograd.grad(loss((maps + shift).logit()), shift)
-    mean, temperature = loss.prior_mean_logit.sigmoid().flatten(), loss.prior_log_temperature.exp().flatten()
-    both = torch.cat((maps, maps)) + shift
-    wanted = batch_shaping_loss(both.flatten(1), lambda x: relaxed_bernoulli_cdf(x, mean, temperature))
-    torch.testing.assert_close(found, torch.autograd.grad(wanted, shift)[0])
-
-    def apart(values, loss):
-        (gradient,) = torch.autograd.grad(loss, values)
-        return gradient - gradient.mean(0)
-
-    again = build('GeneralizedBatchShapingLoss', memory_size=6).double()
-    again(maps.flip(0).logit())
-    values = maps.requires_grad_()
-    both = torch.cat((values, maps.detach().flip(0)))
-    wanted = batch_shaping_loss(both.flatten(1), lambda x: relaxed_bernoulli_cdf(x, mean, temperature))
-    torch.testing.assert_close(apart(values, again(values.logit())), 2 * apart(values, wanted))
-
-
-def test_memory_is_kept_in_a_checkpoint_of_any_size():
-    loss = build('GeneralizedBatchShapingLoss', memory_size=4)
-    loss(torch.randn(3, 4, 4))
-    state = {name: value.clone() for name, value in loss.state_dict().items()}
-    resumed = build('GeneralizedBatchShapingLoss', memory_size=4)
-    resumed.load_state_dict(state)
-    logits = torch.randn(2, 4, 4)
-    assert torch.equal(resumed(logits), loss(logits))
-    smaller = build('GeneralizedBatchShapingLoss', memory_size=2)
-    smaller.load_state_dict(state)
-    assert torch.equal(smaller.memory, state['memory'][:2])
-    other = MODELS.build(dict(type='GeneralizedBatchShapingLoss', grid=(2, 3), memory_size=6))
-    other.load_state_dict({'memory': state['memory']}, strict=False)
-    assert (other.memory[:, 0, 0] >= 0).tolist() == [True] * 3 + [False] * 3
-    del state['memory']  # of a checkpoint from before there was one
-    fresh = build('GeneralizedBatchShapingLoss', memory_size=4)
-    fresh.load_state_dict(state)
-    assert (fresh.memory == -1).all()
 
 
 @pytest.mark.parametrize('name', ['GeneralizedBatchShapingLoss', 'DoubtLoss', 'TokenBudgetLoss'])
@@ -252,18 +170,8 @@ def test_a_loss_that_begins_anew_is_as_a_new_one(name):
     assert all(torch.equal(buffer, new[key]) for key, buffer in loss.named_buffers())
 
 
-def test_memory_keeps_its_shape_under_averaging():
-    source = build('GeneralizedBatchShapingLoss', memory_size=3)
-    averaged = ExponentialMovingAverage(source, momentum=0.1), StochasticWeightAverage(source, update_buffers=True)
-    for _ in range(3):
-        source(torch.randn(2, 4, 4))
-        for model in averaged:
-            model.update_parameters(source)
-    assert torch.equal(averaged[0].module.memory, source.memory)
-
-
 def test_a_saturated_prior_has_a_finite_gradient():
-    loss = build('GeneralizedBatchShapingLoss', memory_size=0)
+    loss = build('GeneralizedBatchShapingLoss')
     with torch.no_grad():
         loss.prior_mean_logit[0, 0, 0] = torch.tensor([20.0, -120.0, 0, 3])
     loss(torch.randn(2, 4, 4)).backward()

@@ -381,8 +381,8 @@ def test_a_gate_of_another_shape_is_refused(tmp_path):
         load_segmentor(model, str(tmp_path / 'a.pth'))
 
 
-def test_a_segmentor_for_another_image_size_is_loaded_with_its_gate_and_the_memory_of_its_losses(tmp_path):
-    options = dict(gate=dict(type='MLPGate'), gate_loss=dict(type='GeneralizedBatchShapingLoss', memory_size=64))
+def test_a_segmentor_for_another_image_size_is_loaded_with_its_gate(tmp_path):
+    options = dict(gate=dict(type='MLPGate'), gate_loss=dict(type='GeneralizedBatchShapingLoss'))
     source, model = (MODELS.build(segmentor(img_size=size, **options)) for size in (64, 128))
     randomize(source)
     torch.save(source.state_dict(), tmp_path / 'a.pth')
