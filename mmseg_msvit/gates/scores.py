@@ -70,8 +70,10 @@ class VarianceGate(ScoreGate):
 class EntropyGate(ScoreGate):
     """Scores the entropy of the grey levels, in bits, as adaptive patch transformers (APT) do.
 
-    The histogram has 512 bins; of normalised images they go from -3 to 3. Without ``coarse_ratio`` APT takes regions
-    below 5.5 bits as coarse, which is ``at``'s default here. Takes the arguments of :class:`ScoreGate`.
+    The histogram has 512 bins; of normalised images they go from -3 to 3. Takes the arguments of :class:`ScoreGate`.
+
+    Args:
+        at: as there; APT takes regions of less than 5.5 bits as coarse.
     """
 
     def __init__(self, *args, at: float = 5.5, **kwargs):
@@ -131,7 +133,8 @@ class FrequencyGate(ScoreGate):
         self.register_buffer('basis', basis.float(), persistent=False)  # (R, R), orthonormal
 
     def score(self, images: Tensor, grid: Tuple[int, int]) -> Tensor:
-        spectrum = self.basis @ self.grey(images) @ self.basis.T  # (B, hc, wc, R, R)
+        basis = self.basis.float()  # of a model in another precision, too
+        spectrum = basis @ self.grey(images) @ basis.T  # (B, hc, wc, R, R)
         half = self.region // 2
         energy = spectrum.square()
         return (energy.sum((-2, -1)) - energy[..., :half, :half].sum((-2, -1))).clamp(min=0) / self.region**2
