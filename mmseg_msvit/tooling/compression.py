@@ -69,6 +69,8 @@ ESTIMATED, AIMED, SCREENED = 24, 6, 24
 # A contender whose cost is this far from the target, as a share of it, is aimed again.
 NEAR = 0.02
 SMALLEST = 0.25
+# A gate that is better than smaller images by less, in mIoU, is not worth having.
+TIE = 0.1
 # How often those that have seen all images are aimed again.
 TURNS = 3
 # Costs beside the targets that the report shows, unless they are this near to one.
@@ -464,9 +466,12 @@ def search(trials: Trials, target: float) -> Found:
     _refuse_none(trials, met, target)
     most = max(len(trials.seen(each)) for each in met)
     met = [each for each in met if len(trials.seen(each)) > most / 2]
-    met.sort(key=lambda each: -trials.difference(each, Contender(DENSE)).value)
-    smaller = [each for each in met if each.way == SMALLER]
-    return Found(target, met[0], smaller[0] if smaller else None, notes)
+    value = {each: trials.difference(each, Contender(DENSE)).value for each in met}
+    best = max(met, key=value.get)
+    smaller = max((each for each in met if each.way == SMALLER), key=value.get, default=None)
+    if smaller is not None and value[best] - value[smaller] < TIE:
+        best = smaller
+    return Found(target, best, smaller, notes)
 
 
 def _refuse_none(trials: Trials, ways: Sequence, target: float) -> None:
