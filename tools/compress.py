@@ -89,7 +89,9 @@ class Gates:
         way = WAYS.get(name, Way(None))
         torch.manual_seed(0)  # a gate's first weights
         scales = [self.dense.backbone.patch_size * 2**level for level in range(way.levels)]
-        on_tokens = way.on_tokens or (way.gate is not None and head_on_tokens(self.dense) == 'TokenLinearHead')
+        # Heads read tokens, which is faster, where no answer changes: linear ones, and all if no token is coarse.
+        head = head_on_tokens(self.dense)
+        on_tokens = way.on_tokens or head == 'TokenLinearHead' or (head is not None and way.gate is None)
         model, self.changes[name] = convert(self.config, self.dense, way.gate, scales, on_tokens)
         if way.gate is None:
             return model

@@ -7,7 +7,7 @@
 CONFIG's backbone is a VisionTransformer, BEiT or MAE of mmseg, or an MSViT, MSBEiT or MSMAE with a FixedGate. Its
 weights and the head's stay as they are; a gate learns where this very model needs its fine tokens. Part of what is
 saved comes from images that are a little smaller; --full-size leaves them as they are. On the dense grid coarse tokens
-are blended with their neighbours. Writes config.py and checkpoint.pth into --out, train.py, which trains with this
+are blended with their neighbours, and a linear head reads tokens, which changes no answer. Writes config.py and checkpoint.pth into --out, train.py, which trains with this
 gate, and picture.png, and compares both models on at most 100 of the images.
 """
 
@@ -20,7 +20,7 @@ import torch
 from mmseg_msvit.measuring.visualization import draw_image
 from mmseg_msvit.tooling.command_line import DEVICE, InputError, one_line_errors, positive, print_table
 from mmseg_msvit.tooling.comparison import compare
-from mmseg_msvit.tooling.conversion import KINDS, check_out, convert, dense_backbone, write
+from mmseg_msvit.tooling.conversion import KINDS, check_out, convert, dense_backbone, head_on_tokens, write
 from mmseg_msvit.tooling.dense_pass import TARGETS, find_images, gather
 from mmseg_msvit.tooling.gate_fitting import check_budget, find_threshold, fit, gate_logits, shared_size
 from mmseg_msvit.tooling.models import load_config, load_model
@@ -60,7 +60,8 @@ def main() -> None:
     config = load_config(args.config)
     dense = load_model(config, args.checkpoint, args.device, torch.nn.Module)
     patch = dense_backbone(dense, args.config).patch_size
-    model, changes = convert(config, dense, args.gate, args.scales or (patch, 2 * patch))
+    linear = head_on_tokens(dense) == 'TokenLinearHead'  # which answers the same on tokens, and faster
+    model, changes = convert(config, dense, args.gate, args.scales or (patch, 2 * patch), linear)
     reader = FileReader(config)
     images, truths = find_images(config, args.images, args.limit)
     try:

@@ -226,7 +226,7 @@ def test_other_ways_to_fit(folder, fit, tmp_path):
     assert not torch.equal(*(w['backbone.gate.head.weight'] for w in weights))
 
 
-def test_a_head_goes_over_to_tokens_with_its_weights(folder, tmp_path):
+def test_a_head_goes_over_to_tokens_with_its_weights(folder, fit, tmp_path):
     """Segmenter's answers are the dense model's where all tokens are fine; a linear head's are the grid's for any."""
     images, metas = torch.randn(2, 3, SIZE, SIZE), [dict(img_shape=(SIZE, SIZE))]
     for linear in (False, True):
@@ -250,10 +250,14 @@ def test_a_head_goes_over_to_tokens_with_its_weights(folder, tmp_path):
                 answers = [each.encode_decode(images, metas) for each in (model, grid)]
                 torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
         write(config, model, changes, Classes.of(dense.decode_head, {}), tmp_path / str(linear))
+        torch.save(dense.state_dict(), tmp_path / str(linear) / 'dense.pth')
         written = load_config(str(tmp_path / str(linear) / 'config.py'))
         again = load_model(written, str(tmp_path / str(linear) / 'checkpoint.pth'), 'cpu')
         assert again.decode_head.state_dict().keys() == dense.decode_head.state_dict().keys()
         assert written.model.backbone.out_type == 'tokens'
+    assert fit('--out', tmp_path / 'fitted', '--steps', 1, config=tmp_path / 'linear.py',
+               checkpoint=tmp_path / 'True/dense.pth') is None  # fmt: skip
+    assert load_config(str(tmp_path / 'fitted/config.py')).model.decode_head.type == 'TokenLinearHead'
     dense.auxiliary_head = dense.decode_head
     assert head_on_tokens(dense) is None
 
