@@ -7,8 +7,9 @@
 CONFIG's backbone is a VisionTransformer, BEiT or MAE of mmseg, or an MSViT, MSBEiT or MSMAE with a FixedGate. Its
 weights and the head's stay as they are; a gate learns where this very model needs its fine tokens. Part of what is
 saved comes from images that are a little smaller; --full-size leaves them as they are. On the dense grid coarse tokens
-are blended with their neighbours, and a linear head reads tokens, which changes no answer. Writes config.py and checkpoint.pth into --out, train.py, which trains with this
-gate, and picture.png, and compares both models on at most 100 of the images.
+are blended with their neighbours, and a linear head reads tokens, which changes no answer. Writes config.py and
+checkpoint.pth into --out, train.py, which trains with this gate, and picture.png, and compares both models on at most
+100 of the images.
 """
 
 import argparse
