@@ -38,7 +38,8 @@ def sentence(trials: Trials, found: Found) -> str:
         return f'{line}; no gate was better'
     if found.smaller is None:
         return f'{line}; smaller images alone cannot meet the target'
-    return f'{line}; smaller images alone: {trials.difference(found.smaller, dense).value:+.1f}'
+    loss, cost = trials.difference(found.smaller, dense).value, trials.cost(found.smaller)
+    return f'{line}; smaller images alone: {loss:+.1f} at {cost:.2f} {UNITS[trials.of]}'
 
 
 def rows(trials: Trials) -> List[dict]:
