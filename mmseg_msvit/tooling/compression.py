@@ -252,7 +252,7 @@ class Trials:
             else:
                 costs = add_up([each for tokens, _ in seen for each in pass_costs(model.backbone, tokens, heads)])
         else:
-            seconds, (sample,) = timed(model.test_step, batch, device)
+            seconds, (sample,) = timed(partial(self.predict, contender), batch, device)
             costs = {}
             if not isinstance(self.models[SMALLER].backbone, MixedScale):  # else the others know what it costs
                 costs['total'] = self._plain(contender, data)

@@ -77,10 +77,10 @@ def test_the_tool_goes_on_where_it_stopped(dense, tool, tmp_path, capsys):
         'whole',
         'shared',
     ]
-    line += ['--steps', 2, '--fit-images', 3]
+    choosers = ['random', 'variance', 'doubt', 'entropy', 'context', 'glance', 'mlp', 'context, labels']
+    line += ['--steps', 2, '--fit-images', 3, '--choosers', *choosers]
     assert tool(*line) is None
     rows = json.loads((tmp_path / 'arena.json').read_text())
-    choosers = ['random', 'variance', 'doubt', 'context', 'glance', 'mlp', 'context, labels']
     names = sorted((row['chooser'], round(row['size'], 2)) for row in rows)
     wanted = [
         ('dense', 1),
@@ -93,7 +93,7 @@ def test_the_tool_goes_on_where_it_stopped(dense, tool, tmp_path, capsys):
     assert chosen['dense']['lost'] == 0
     assert chosen['smaller']['tokens'] == pytest.approx(26 / 37)  # 6 x 6 cells become 5 x 5
     costs = {name: chosen[name]['backbone'] - chosen[name]['encoder'] for name in choosers}
-    assert max(costs.pop(name) for name in choosers[:3]) < min(costs.values())  # which need no gate
+    assert max(costs.pop(name) for name in choosers[:4]) < min(costs.values())  # which learn nothing
     assert all(0.5 < row['tokens'] <= 0.6 for row in rows if row['chooser'] not in ('dense', 'coarse', 'smaller'))
     assert '| dense |' in (tmp_path / 'arena.md').read_text() and (tmp_path / 'arena.png').stat().st_size > 1000
     results = tmp_path / 'run_0/results.json'
