@@ -38,25 +38,14 @@ from mmseg_msvit.tooling.command_line import (
     write_json,
     write_whole,
 )
-from mmseg_msvit.tooling.compression import (
-    DENSE,
-    SCREENED,
-    SMALLER,
-    WAYS,
-    Found,
-    OutOfTime,
-    Trials,
-    Way,
-    by_rule,
-    measure_front,
-    search,
-)
+from mmseg_msvit.tooling.compression import SCREENED, WAYS, Found, Way, by_rule, measure_front, search
 from mmseg_msvit.tooling.compression_report import page, rows, sentence
 from mmseg_msvit.tooling.conversion import check_out, convert, dense_backbone, head_on_tokens, write, write_smaller
 from mmseg_msvit.tooling.dense_pass import find_images, find_val_images, gather
 from mmseg_msvit.tooling.gate_fitting import fit
 from mmseg_msvit.tooling.models import load_config, load_model
 from mmseg_msvit.tooling.testset import FileReader
+from mmseg_msvit.tooling.trials import DENSE, SMALLER, OutOfTime, Trials
 from mmseg_msvit.versions import BEFORE_TORCH_26
 from mmseg_msvit.weights.whole_models import OF_GATES
 

@@ -13,8 +13,9 @@ from mmengine.dataset import pseudo_collate
 
 from ..gates.from_outside import deciding_by
 from ..measuring.visualization import draw_image, paint_classes, picture_of
-from .compression import DENSE, SCREENED, SMALLER, Contender, Difference, Found, Trials
+from .compression import SCREENED, Found
 from .gate_report import data_uri
+from .trials import DENSE, SMALLER, Contender, Difference, Trials
 
 SHOWN = 4
 UNITS = dict(time='of the time', macs='of the MACs')

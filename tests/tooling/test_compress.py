@@ -15,10 +15,11 @@ from mmseg.registry import MODELS
 
 from mmseg_msvit.tooling import compression
 from mmseg_msvit.tooling.command_line import InputError
-from mmseg_msvit.tooling.compression import DENSE, SMALLER, Contender, Entry, Trials, search
+from mmseg_msvit.tooling.compression import search
 from mmseg_msvit.tooling.models import load_config
 from mmseg_msvit.tooling.testset import FileReader
 from mmseg_msvit.tooling.toy_scenes import scene
+from mmseg_msvit.tooling.trials import DENSE, SMALLER, Contender, Entry, Trials
 
 DENSE_CONFIG = 'configs/toy/segmenter_vit-mini_mask_1xb8-400_toy-scenes-256x256.py'
 
